@@ -1,0 +1,146 @@
+"""The examples in the OpenAPI: the same small story in all of them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+JOB_ID: Final = "job_0197f2a4c1d87cc2a1b2c3d4e5f60718"
+SESSION_ID: Final = "ses_0197f2a4c1d07aa2b1c2d3e4f5061728"
+BATCH_ID: Final = "bat_0197f2a9e0107bb2c1d2e3f405162738"
+IMAGE_ID: Final = "img_0197f2a1b2c37dd2d1e2f30415263748"
+SHA256: Final = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+
+JOB_BODIES: Final[dict[str, Any]] = {
+    "short form": {"prompt": "How many circles are there?", "images": ["s3://pictures/shapes.png"]},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Answer in one word."},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "s3://pictures/shapes.png"}},
+                    {"type": "text", "text": "How many circles are there?"},
+                ],
+            },
+        ],
+        "gen_config": {"max_new_tokens": 16},
+    },
+    "first turn of a session": {
+        "prompt": "What is in this picture?",
+        "images": [IMAGE_ID],
+        "session": {"metadata": {"customer": "7451"}},
+    },
+    "next turn": {"prompt": "And what is left of the square?", "session_id": SESSION_ID},
+}
+
+JOB: Final[dict[str, Any]] = {
+    "id": JOB_ID,
+    "object": "job",
+    "kind": "chat",
+    "status": "queued",
+    "lane": "interactive",
+    "session_id": SESSION_ID,
+    "turn": 1,
+    "batch_id": None,
+    "custom_id": None,
+    "attempt": 0,
+    "max_attempts": 3,
+    "metadata": {},
+    "result_queue": None,
+    "result": None,
+    "error": None,
+    "waiting_for": None,
+    "created_at": "2026-01-05T09:30:00Z",
+    "started_at": None,
+    "finished_at": None,
+    "expires_at": None,
+}
+
+WAITING_JOB: Final[dict[str, Any]] = JOB | {
+    "waiting_for": {"reason": "lane", "job_id": None, "position": 3, "at": None}
+}
+
+ENDED_JOB: Final[dict[str, Any]] = JOB | {
+    "status": "succeeded",
+    "attempt": 1,
+    "result": {
+        "text": "Three.",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 87, "completion_tokens": 3, "images": 1},
+        "model": "small",
+    },
+    "started_at": "2026-01-05T09:30:00.020Z",
+    "finished_at": "2026-01-05T09:30:00.740Z",
+}
+
+EVENTS: Final = (
+    'id: 1767605400020-0\nevent: attempt\ndata: {"attempt": 1}\n\n'
+    'id: 1767605400310-0\nevent: token\ndata: {"attempt": 1, "text": "Three"}\n\n'
+    'id: 1767605400352-0\nevent: token\ndata: {"attempt": 1, "text": "."}\n\n'
+    f'id: 1767605400740-0\nevent: end\ndata: {{"id": "{JOB_ID}", "status": "succeeded", ...}}\n\n'
+)
+
+HISTORY: Final[dict[str, Any]] = {
+    "object": "list",
+    "data": [
+        {
+            "at": "2026-01-05T09:30:00Z",
+            "from_status": None,
+            "to_status": "queued",
+            "attempt": 0,
+            "worker": None,
+            "reason": "submitted",
+        },
+        {
+            "at": "2026-01-05T09:30:00.020Z",
+            "from_status": "queued",
+            "to_status": "running",
+            "attempt": 1,
+            "worker": "gpu-1",
+            "reason": None,
+        },
+    ],
+    "next_cursor": None,
+}
+
+SESSION: Final[dict[str, Any]] = {
+    "id": SESSION_ID,
+    "object": "session",
+    "turns": 1,
+    "metadata": {"customer": "7451"},
+    "forked_from": None,
+    "created_at": "2026-01-05T09:30:00Z",
+    "updated_at": "2026-01-05T09:30:00Z",
+}
+
+BATCH_BODIES: Final[dict[str, Any]] = {
+    "two pictures": {
+        "items": [
+            {"custom_id": "a", "prompt": "How many circles?", "images": ["s3://pictures/a.png"]},
+            {"custom_id": "b", "prompt": "How many circles?", "images": ["s3://pictures/b.png"]},
+        ],
+        "gen_config": {"max_new_tokens": 16},
+        "result_queue": "counts",
+    }
+}
+
+BATCH: Final[dict[str, Any]] = {
+    "id": BATCH_ID,
+    "object": "batch",
+    "status": "in_progress",
+    "lane": "batch",
+    "counts": {"total": 2, "succeeded": 1, "failed": 0, "cancelled": 0, "expired": 0},
+    "metadata": {},
+    "result_queue": "counts",
+    "created_at": "2026-01-05T09:35:00Z",
+    "finished_at": None,
+}
+
+IMAGE: Final[dict[str, Any]] = {
+    "id": IMAGE_ID,
+    "object": "image",
+    "uri": f"s3://visq-uploads/demo/{SHA256}",
+    "sha256": SHA256,
+    "size": 48_213,
+    "created_at": "2026-01-05T09:29:00Z",
+}

@@ -1,0 +1,28 @@
+"""Alembic's entry: runs the migrations on the URL that `migrations.run` was given."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from models.database import Database
+from models.tables import Base
+
+
+def run() -> None:
+    database = Database(context.config.attributes["url"])
+    try:
+        with database.engine.connect() as connection:
+            context.configure(
+                connection=connection,
+                target_metadata=Base.metadata,
+                render_as_batch=connection.dialect.name == "sqlite",
+                transaction_per_migration=True,
+            )
+            with context.begin_transaction():
+                context.run_migrations()
+            connection.commit()
+    finally:
+        database.close()
+
+
+run()

@@ -1,0 +1,129 @@
+"""The life of a batch: counters that equal its rows, the window in the broker, cancellation."""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from models.database import db_now
+from models.tables import Batch, Job
+from visq.errors import NotFound
+from visq.types import BatchStatus, JobStatus
+
+
+def get(session: Session, batch_id: str) -> Batch:
+    """:raises NotFound: no such batch."""
+    batch = session.scalars(select(Batch).where(Batch.id == batch_id)).one_or_none()
+    if batch is None:
+        raise NotFound(f"there is no batch {batch_id}", param="batch_id")
+    return batch
+
+
+def count_end(session: Session, batch_id: str, status: JobStatus) -> None:
+    """An item has ended with `status`; the last one ends the batch."""
+    counter = getattr(Batch, status.value)
+    batch = session.scalars(
+        update(Batch).where(Batch.id == batch_id).values({counter: counter + 1}).returning(Batch),
+        execution_options={"synchronize_session": False, "populate_existing": True},
+    ).one()
+    if batch.succeeded + batch.failed + batch.cancelled + batch.expired == batch.total:
+        cancelling = batch.status is BatchStatus.CANCELLING
+        batch.status = BatchStatus.CANCELLED if cancelling else BatchStatus.COMPLETED
+        batch.finished_at = session.scalar(select(db_now()))
+        session.flush()
+
+
+def uncount_failed(session: Session, batch_id: str) -> None:
+    """A failed item is retried by a call: it is no longer ended, and so is its batch."""
+    session.execute(
+        update(Batch)
+        .where(Batch.id == batch_id)
+        .values(failed=Batch.failed - 1, status=BatchStatus.IN_PROGRESS, finished_at=None),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def fill_windows(session: Session, window: int) -> int:
+    """Let held items of each batch into the broker, up to `window` of a batch at a time.
+
+    Returns the number of items that are now due for publishing (`models.dispatch`).
+    """
+    held = select(Job.batch_id).where(
+        Job.status == JobStatus.QUEUED, Job.publish_at.is_(None), Job.batch_id.is_not(None)
+    )
+    # The lock keeps two loops from filling the same window twice.
+    batch_ids = session.scalars(
+        select(Batch.id)
+        .where(Batch.id.in_(held), Batch.status == BatchStatus.IN_PROGRESS)
+        .order_by(Batch.id)
+        .with_for_update(skip_locked=True)
+    ).all()
+    return sum(_fill_window(session, batch_id, window) for batch_id in batch_ids)
+
+
+def _fill_window(session: Session, batch_id: str, window: int) -> int:
+    queued = [Job.batch_id == batch_id, Job.status == JobStatus.QUEUED]
+    in_broker = session.scalar(
+        select(func.count()).select_from(Job).where(*queued, Job.publish_at.is_not(None))
+    )
+    free = window - (in_broker or 0)
+    if free <= 0:
+        return 0
+    following = (
+        select(Job.id).where(*queued, Job.publish_at.is_(None)).order_by(Job.position).limit(free)
+    )
+    let_in = session.scalars(
+        update(Job)
+        .where(Job.id.in_(following.scalar_subquery()), Job.status == JobStatus.QUEUED)
+        .values(publish_at=db_now())
+        .returning(Job.id),
+        execution_options={"synchronize_session": False},
+    )
+    return len(let_in.all())
+
+
+def request_cancel(session: Session, batch_id: str) -> Batch:
+    """Stop a batch: from now on none of its items starts, and running ones are asked to stop.
+
+    The maintenance loop ends the pending items (`pending_of_cancelled`), a chunk at a time.
+
+    :raises NotFound: no such batch.
+    """
+    get(session, batch_id)
+    session.execute(
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.status == BatchStatus.IN_PROGRESS)
+        .values(status=BatchStatus.CANCELLING),
+        execution_options={"synchronize_session": False},
+    )
+    batch = session.scalars(
+        select(Batch).where(Batch.id == batch_id).execution_options(populate_existing=True)
+    ).one()
+    if batch.status is BatchStatus.CANCELLING:
+        session.execute(
+            update(Job)
+            .where(
+                Job.batch_id == batch_id,
+                Job.status == JobStatus.RUNNING,
+                Job.cancel_requested_at.is_(None),
+            )
+            .values(cancel_requested_at=db_now()),
+            execution_options={"synchronize_session": False},
+        )
+    return batch
+
+
+def pending_of_cancelled(session: Session, limit: int) -> list[str]:
+    """Ids of items that still wait in a batch that is being cancelled."""
+    cancelling = select(Batch.id).where(Batch.status == BatchStatus.CANCELLING)
+    return list(
+        session.scalars(
+            select(Job.id)
+            .where(
+                Job.batch_id.in_(cancelling),
+                Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED]),
+            )
+            .order_by(Job.id)
+            .limit(limit)
+        )
+    )

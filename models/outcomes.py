@@ -1,0 +1,96 @@
+"""The words of a job's life: what a run holds, how it ends, and what a transition leaves to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from models.outbox import OutboxEntry
+from models.tables import Job
+from visq import types
+from visq.errors import VisqError
+from visq.types import JobResult, Lane, Prompt
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to write for one attempt of one job."""
+
+    job_id: str
+    attempt: int
+    session_id: str | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A claimed job with all that a run needs."""
+
+    claim: Claim
+    tenant_id: str
+    tenant: str
+    lane: Lane
+    batch_id: str | None
+    prompt: Prompt
+    accept_changed_images: bool
+    history: list[types.Message]
+    expires_in: float | None
+    """Seconds until the job's deadline."""
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    result: JobResult
+    messages: list[types.Message]
+    """The turn for the session's history: its request, with image hashes, and the answer."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A retryable error leads back to ``queued`` while attempts are left."""
+
+    error: VisqError
+    backoff_seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    pass
+
+
+@dataclass(frozen=True)
+class Expired:
+    pass
+
+
+@dataclass(frozen=True)
+class HandedBack:
+    """The worker stops before the job ended; the attempt does not count."""
+
+    reason: str
+
+
+Outcome = Succeeded | Failed | Cancelled | Expired | HandedBack
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job to publish to the broker."""
+
+    id: str
+    lane: Lane
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A committed change, and what must be published because of it."""
+
+    job: Job
+    queued: list[QueuedJob] = field(default_factory=list)
+    events: list[OutboxEntry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """A lease that was extended."""
+
+    claim: Claim
+    cancel_requested: bool

@@ -1,0 +1,140 @@
+"""Questions that the API asks: lists with cursors, a job's history, and why a job waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Tenant
+from visq.ids import new_id
+from visq.types import JobStatus, Lane, WaitingFor
+
+
+def ensure_tenants(session: Session, names: Sequence[str]) -> dict[str, str]:
+    """Name -> id of the tenants, created where missing."""
+    known = dict(
+        session.execute(select(Tenant.name, Tenant.id).where(Tenant.name.in_(names))).tuples()
+    )
+    for name in names:
+        if name not in known:
+            known[name] = new_id("ten")
+            session.add(Tenant(id=known[name], name=name))
+    session.flush()
+    return known
+
+
+def list_jobs(
+    session: Session,
+    *,
+    status: JobStatus | None = None,
+    session_id: str | None = None,
+    batch_id: str | None = None,
+    lane: Lane | None = None,
+    before: str | None = None,
+    limit: int,
+) -> list[Job]:
+    """Jobs, newest first, older than the id `before`."""
+    query: Select[tuple[Job]] = select(Job)
+    if status is not None:
+        query = query.where(Job.status == status)
+    if session_id is not None:
+        query = query.where(Job.session_id == session_id)
+    if batch_id is not None:
+        query = query.where(Job.batch_id == batch_id)
+    if lane is not None:
+        query = query.where(Job.lane == lane)
+    if before is not None:
+        query = query.where(Job.id < before)
+    return list(session.scalars(query.order_by(Job.id.desc()).limit(limit)))
+
+
+def job_events(session: Session, job_id: str) -> list[JobEvent]:
+    """The job's transitions, oldest first."""
+    return list(
+        session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.id))
+    )
+
+
+def batch_results(session: Session, batch_id: str, *, after_position: int, limit: int) -> list[Job]:
+    """Items of a batch that have ended, in input order, after `after_position`."""
+    return list(
+        session.scalars(
+            select(Job)
+            .where(
+                Job.batch_id == batch_id,
+                Job.position > after_position,
+                Job.finished_at.is_not(None),
+            )
+            .order_by(Job.position)
+            .limit(limit)
+        )
+    )
+
+
+def list_batches(session: Session, *, before: str | None = None, limit: int) -> list[Batch]:
+    query = select(Batch)
+    if before is not None:
+        query = query.where(Batch.id < before)
+    return list(session.scalars(query.order_by(Batch.id.desc()).limit(limit)))
+
+
+def list_sessions(session: Session, *, before: str | None = None, limit: int) -> list[ChatSession]:
+    query = select(ChatSession).where(ChatSession.deleted_at.is_(None))
+    if before is not None:
+        query = query.where(ChatSession.id < before)
+    return list(session.scalars(query.order_by(ChatSession.id.desc()).limit(limit)))
+
+
+def session_messages(
+    session: Session, session_id: str, *, after: tuple[int, int], limit: int
+) -> list[Message]:
+    """The session's history in order, after the message at ``(turn, position)``."""
+    turn, position = after
+    return list(
+        session.scalars(
+            select(Message)
+            .where(
+                Message.session_id == session_id,
+                (Message.turn > turn) | ((Message.turn == turn) & (Message.position > position)),
+            )
+            .order_by(Message.turn, Message.position)
+            .limit(limit)
+        )
+    )
+
+
+def image_by_id(session: Session, image_id: str) -> Image | None:
+    return session.scalars(select(Image).where(Image.id == image_id)).one_or_none()
+
+
+def waiting_for(session: Session, job: Job, *, workers_alive: bool) -> WaitingFor | None:
+    """Why `job` is not running, or ``None`` if it is, or has ended.
+
+    Counts the jobs of all tenants: call it on a session that is not scoped to one.
+    """
+    if job.status is JobStatus.WAITING:
+        earlier = session.scalar(
+            select(Job.id)
+            .where(
+                Job.session_id == job.session_id,
+                Job.turn < job.turn,
+                Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
+            )
+            .order_by(Job.turn)
+            .limit(1)
+        )
+        return WaitingFor(reason="turn", job_id=earlier)
+    if job.status is not JobStatus.QUEUED:
+        return None
+    if job.run_after is not None:
+        return WaitingFor(reason="retry", at=job.run_after)
+    if not workers_alive:
+        return WaitingFor(reason="worker")
+    before = session.scalar(
+        select(func.count())
+        .select_from(Job)
+        .where(Job.lane == job.lane, Job.status == JobStatus.QUEUED, Job.id < job.id)
+    )
+    return WaitingFor(reason="lane", position=before or 0)

@@ -1,0 +1,151 @@
+"""The life of a session: its turns in order, its history, forks, and its end.
+
+The session's row is a lock. Every transition that ends or adds a turn takes it before it touches
+a job of the session, so that no wake-up of a waiting turn is lost and no deadlock can arise.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy.orm import Session
+
+from models.database import db_now
+from models.tables import ChatSession, Job, Message
+from visq import types
+from visq.errors import InvalidRequest, NotFound
+from visq.ids import new_id
+from visq.types import JobStatus
+
+
+def open_session(
+    session: Session, tenant_id: str, metadata: dict[str, str], forked_from: str | None = None
+) -> ChatSession:
+    """A new, empty session."""
+    row = ChatSession(id=new_id("ses"), tenant_id=tenant_id, meta=metadata, forked_from=forked_from)
+    session.add(row)
+    session.flush()
+    return row
+
+
+def get(session: Session, session_id: str) -> ChatSession:
+    """:raises NotFound: no such session, or it was deleted."""
+    row = session.scalars(
+        select(ChatSession).where(ChatSession.id == session_id, ChatSession.deleted_at.is_(None))
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no session {session_id}", param="session_id")
+    return row
+
+
+def lock(session: Session, session_id: str) -> ChatSession:
+    """Take the session's lock until the end of the transaction, deleted or not."""
+    return session.scalars(
+        select(ChatSession)
+        .where(ChatSession.id == session_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one()
+
+
+def next_turn(session: Session, session_id: str) -> tuple[int, bool]:
+    """Lock the session and count a new turn; return its number and whether it must wait.
+
+    :raises NotFound: no such session, or it was deleted.
+    """
+    turn = session.scalars(
+        update(ChatSession)
+        .where(ChatSession.id == session_id, ChatSession.deleted_at.is_(None))
+        .values(turns=ChatSession.turns + 1, updated_at=db_now())
+        .returning(ChatSession.turns),
+        execution_options={"synchronize_session": False},
+    ).one_or_none()
+    if turn is None:
+        raise NotFound(f"there is no session {session_id}", param="session_id")
+    unfinished = exists().where(
+        Job.session_id == session_id,
+        Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
+    )
+    return turn, bool(session.scalar(select(unfinished)))
+
+
+def history(session: Session, session_id: str, before_turn: int) -> list[types.Message]:
+    """What the model sees of the turns before `before_turn`: those that succeeded, in order."""
+    rows = session.scalars(
+        select(Message)
+        .where(Message.session_id == session_id, Message.turn < before_turn)
+        .order_by(Message.turn, Message.position)
+    )
+    return [
+        types.Message.model_validate({"role": row.role, "content": row.content}) for row in rows
+    ]
+
+
+def append(session: Session, job: Job, messages: list[types.Message]) -> None:
+    """Add a succeeded turn to the history, unless the session was deleted meanwhile."""
+    assert job.session_id is not None
+    assert job.turn is not None
+    if lock(session, job.session_id).deleted_at is not None:
+        return
+    for position, message in enumerate(messages):
+        content = [part.model_dump(mode="json", exclude_none=True) for part in message.parts()]
+        session.add(
+            Message(
+                tenant_id=job.tenant_id,
+                session_id=job.session_id,
+                turn=job.turn,
+                position=position,
+                role=message.role,
+                content=content,
+                job_id=job.id,
+            )
+        )
+    session.flush()
+
+
+def fork(session: Session, session_id: str, at_turn: int | None) -> ChatSession:
+    """A new session with the history of this one up to and including `at_turn`.
+
+    `at_turn` is by default the last turn that succeeded; 0 forks an empty history.
+
+    :raises InvalidRequest: `at_turn` is later than the last turn that succeeded.
+    """
+    origin = get(session, session_id)
+    last = session.scalar(select(func.max(Message.turn)).where(Message.session_id == session_id))
+    last = last or 0
+    at_turn = last if at_turn is None else at_turn
+    if at_turn > last:
+        raise InvalidRequest(
+            f"session {session_id} has no turn {at_turn} yet; its last is {last}", param="at_turn"
+        )
+    copy = open_session(session, origin.tenant_id, dict(origin.meta), forked_from=origin.id)
+    copy.turns = at_turn
+    rows = session.scalars(
+        select(Message)
+        .where(Message.session_id == session_id, Message.turn <= at_turn)
+        .order_by(Message.turn, Message.position)
+    )
+    for row in rows.all():
+        session.add(
+            Message(
+                tenant_id=row.tenant_id,
+                session_id=copy.id,
+                turn=row.turn,
+                position=row.position,
+                role=row.role,
+                content=row.content,
+                job_id=row.job_id,
+            )
+        )
+    session.flush()
+    return copy
+
+
+def forget(session: Session, row: ChatSession) -> None:
+    """Delete the history and mark the session as deleted: it answers "not found" from now on."""
+    locked = lock(session, row.id)
+    locked.deleted_at = session.scalar(select(db_now()))
+    session.execute(
+        delete(Message).where(Message.session_id == row.id),
+        execution_options={"synchronize_session": False},
+    )
+    session.flush()

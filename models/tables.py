@@ -1,0 +1,252 @@
+"""The tables. Ids are UUIDv7 with a prefix (`visq.ids`); times are UTC, of the database's clock."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Enum,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from models.database import UTCDateTime, db_now
+from visq.ids import ID_LENGTH
+from visq.types import BatchStatus, JobKind, JobStatus, Lane
+
+JsonColumn: Final = JSON().with_variant(JSONB(), "postgresql")
+Id: Final = String(ID_LENGTH)
+# SQLite numbers rows by itself only in a column of the type INTEGER.
+RowNumber: Final = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def _enum(kind: type[StrEnum]) -> Enum:
+    """The values as text: a new state needs no change of a database type."""
+    return Enum(kind, native_enum=False, length=16, values_callable=lambda e: [m.value for m in e])
+
+
+class Base(DeclarativeBase):
+    """Base of all tables; constraint names are fixed so that migrations can name them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own form)
+        datetime: UTCDateTime(),
+        dict[str, Any]: JsonColumn,
+        list[dict[str, Any]]: JsonColumn,
+        dict[str, str]: JsonColumn,
+        JobStatus: _enum(JobStatus),
+        JobKind: _enum(JobKind),
+        Lane: _enum(Lane),
+        BatchStatus: _enum(BatchStatus),
+    }
+
+
+class TenantOwned:
+    """A row that belongs to a tenant; `models.database` adds the tenant to every query of it."""
+
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenants.id"))
+
+
+class Tenant(Base):
+    """Whoever holds a key; everything else belongs to one."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+class ChatSession(TenantOwned, Base):
+    """A conversation. Its row is the lock that puts its turns in order."""
+
+    __tablename__ = "sessions"
+    __table_args__ = (Index(None, "tenant_id", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    turns: Mapped[int] = mapped_column(default=0)
+    """Number of the last turn that was submitted; turns count from 1."""
+    meta: Mapped[dict[str, str]] = mapped_column("metadata", default=dict)
+    forked_from: Mapped[str | None] = mapped_column(Id)
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+    updated_at: Mapped[datetime] = mapped_column(default=db_now())
+    deleted_at: Mapped[datetime | None] = mapped_column()
+
+
+class Message(TenantOwned, Base):
+    """One message of a session's history: only turns that succeeded are in it."""
+
+    __tablename__ = "messages"
+    __table_args__ = (UniqueConstraint("session_id", "turn", "position"),)
+
+    id: Mapped[int] = mapped_column(RowNumber, primary_key=True)
+    session_id: Mapped[str] = mapped_column(Id, ForeignKey("sessions.id"))
+    turn: Mapped[int] = mapped_column()
+    position: Mapped[int] = mapped_column()
+    """Place inside the turn, from 0."""
+    role: Mapped[str] = mapped_column(String(16))
+    content: Mapped[list[dict[str, Any]]] = mapped_column()
+    """Parts as in `visq.types`; image parts carry the SHA-256 of the bytes that were shown."""
+    job_id: Mapped[str | None] = mapped_column(Id)
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+class Batch(TenantOwned, Base):
+    """A group of jobs; the counters equal its rows at every commit."""
+
+    __tablename__ = "batches"
+    __table_args__ = (
+        Index(None, "tenant_id", "id"),
+        UniqueConstraint("tenant_id", "idempotency_key"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    status: Mapped[BatchStatus] = mapped_column(default=BatchStatus.IN_PROGRESS)
+    lane: Mapped[Lane] = mapped_column()
+    total: Mapped[int] = mapped_column()
+    succeeded: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    cancelled: Mapped[int] = mapped_column(default=0)
+    expired: Mapped[int] = mapped_column(default=0)
+    meta: Mapped[dict[str, str]] = mapped_column("metadata", default=dict)
+    result_queue: Mapped[str | None] = mapped_column(String(64))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    idempotency_hash: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+    finished_at: Mapped[datetime | None] = mapped_column()
+
+
+def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    condition = text(where)
+    return Index(name, *columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
+
+
+class Job(TenantOwned, Base):
+    """A job: the truth about it. `models.jobs` holds all transitions of ``status``."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "idempotency_key"),
+        UniqueConstraint("session_id", "turn"),
+        UniqueConstraint("batch_id", "custom_id"),
+        Index(None, "tenant_id", "id"),
+        Index(None, "batch_id", "position"),
+        # What claim, dispatch and maintenance look at; finished rows are in none of these.
+        _partial_index("ix_jobs_queued", "lane", "id", where="status = 'queued'"),
+        _partial_index("ix_jobs_to_publish", "publish_at", where="status = 'queued'"),
+        _partial_index("ix_jobs_leases", "lease_expires_at", where="status = 'running'"),
+        _partial_index("ix_jobs_deadlines", "expires_at", where="status IN ('waiting', 'queued')"),
+        # A session runs one turn at a time, whatever goes wrong elsewhere.
+        _partial_index(
+            "uq_jobs_running_turn", "session_id", where="status = 'running'", unique=True
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    kind: Mapped[JobKind] = mapped_column()
+    status: Mapped[JobStatus] = mapped_column()
+    lane: Mapped[Lane] = mapped_column()
+
+    session_id: Mapped[str | None] = mapped_column(Id, ForeignKey("sessions.id"))
+    turn: Mapped[int | None] = mapped_column()
+    batch_id: Mapped[str | None] = mapped_column(Id, ForeignKey("batches.id"))
+    custom_id: Mapped[str | None] = mapped_column(String(128))
+    position: Mapped[int | None] = mapped_column()
+    """Place in the batch, from 0."""
+
+    request: Mapped[dict[str, Any]] = mapped_column()
+    """`messages`, `gen_config`, `do_preprocess`, `adapter_name`, `on_image_change`."""
+    meta: Mapped[dict[str, str]] = mapped_column("metadata", default=dict)
+    result_queue: Mapped[str | None] = mapped_column(String(64))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    idempotency_hash: Mapped[str | None] = mapped_column(String(64))
+
+    attempt: Mapped[int] = mapped_column(default=0)
+    """Number of claims so far: the fencing token of the current run."""
+    failures: Mapped[int] = mapped_column(default=0)
+    """Attempts that counted: a job that was handed back at a shutdown lost none."""
+    max_attempts: Mapped[int] = mapped_column()
+    worker: Mapped[str | None] = mapped_column(String(128))
+    lease_expires_at: Mapped[datetime | None] = mapped_column()
+    cancel_requested_at: Mapped[datetime | None] = mapped_column()
+    run_after: Mapped[datetime | None] = mapped_column()
+    """Not before this time: the back-off of a retry."""
+    publish_at: Mapped[datetime | None] = mapped_column()
+    """When this queued job is next published to the broker; NULL: held back by its batch."""
+    publishes: Mapped[int] = mapped_column(default=0)
+    """Times that it was published since it was last queued."""
+    expires_at: Mapped[datetime | None] = mapped_column()
+
+    result: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
+    error_code: Mapped[str | None] = mapped_column(String(64))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    error_param: Mapped[str | None] = mapped_column(String(256))
+
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+    started_at: Mapped[datetime | None] = mapped_column()
+    finished_at: Mapped[datetime | None] = mapped_column()
+
+
+class JobEvent(TenantOwned, Base):
+    """One transition of a job, so that its whole life can be read back."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index(None, "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(RowNumber, primary_key=True)
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"))
+    at: Mapped[datetime] = mapped_column(default=db_now())
+    from_status: Mapped[JobStatus | None] = mapped_column()
+    to_status: Mapped[JobStatus] = mapped_column()
+    attempt: Mapped[int] = mapped_column()
+    worker: Mapped[str | None] = mapped_column(String(128))
+    reason: Mapped[str | None] = mapped_column(Text)
+
+
+class Image(TenantOwned, Base):
+    """An upload."""
+
+    __tablename__ = "images"
+    __table_args__ = (UniqueConstraint("tenant_id", "sha256"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    uri: Mapped[str] = mapped_column(String(1200))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+class Outbox(Base):
+    """What must still be told to the world; written in the transaction that it tells of."""
+
+    __tablename__ = "outbox"
+    __table_args__ = (Index(None, "available_at"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    """Also the id of the event, so that a repeat can be recognised."""
+    kind: Mapped[str] = mapped_column(String(16))
+    """``result``; later issues add others."""
+    payload: Mapped[dict[str, Any]] = mapped_column()
+    tries: Mapped[int] = mapped_column(default=0)
+    available_at: Mapped[datetime] = mapped_column(default=db_now())
+    created_at: Mapped[datetime] = mapped_column(default=db_now())

@@ -1,0 +1,1 @@
+"""Draws, trains, measures and exports the small vision-language model that ships with visq."""

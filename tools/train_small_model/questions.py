@@ -1,0 +1,409 @@
+"""What may be asked about a picture of the world, with the true answers.
+
+Every function takes a ``random.Random`` and a picture and returns a ``Turn`` or ``None`` where the
+question would have no clear answer.  Yes and no are drawn first and the question made to fit, so
+that guessing stays at one half.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .vocabulary import (
+    ASK,
+    COLOURS,
+    HELD_OUT_OFF_WORLD,
+    HELD_OUT_WORDS,
+    ICONS,
+    OFF_WORLD,
+    PLURAL,
+    SHAPES,
+    UNKNOWN,
+    WORDS,
+)
+from .world import (
+    Picture,
+    Thing,
+    draw_bars,
+    draw_icons,
+    draw_noise,
+    draw_number,
+    draw_shapes,
+    draw_word,
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question, its answer and the skill it needs."""
+
+    question: str
+    answer: str
+    skill: str
+
+
+Talk = tuple[Turn, ...]
+"""A conversation; most are one turn long."""
+
+
+@dataclass
+class Sample:
+    """One or two images (or none) and independent conversations about them."""
+
+    kind: str
+    images: list[Image.Image]
+    talks: list[Talk]
+
+
+@dataclass
+class Asker:
+    """Chooses phrasings: those for training, or the held-out one of each skill."""
+
+    rng: random.Random
+    held_out: bool = False
+
+    def __call__(self, skill: str, answer: str, **words: str) -> Turn:
+        ways = ASK[skill]
+        text = ways[-1] if self.held_out else self.rng.choice(ways[:-1])
+        text = with_articles(text.format(**words))
+        if not self.held_out:
+            if self.rng.random() < 0.1:
+                text = text[0].lower() + text[1:]
+            if self.rng.random() < 0.1:
+                text = text[:-1]
+        return Turn(text, answer, skill)
+
+    def yes(self) -> bool:
+        """Whether the next yes/no question shall have yes for an answer."""
+        return self.rng.random() < 0.5
+
+
+def with_articles(text: str) -> str:
+    """``a orange ring`` becomes ``an orange ring``."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
+Maker = Callable[[Asker, Picture], Turn | None]
+
+
+def _unique(things: Sequence[Thing], key: Callable[[Thing], str]) -> list[Thing]:
+    """The things that ``key`` tells from all others."""
+    seen = Counter(key(t) for t in things)
+    return [t for t in things if seen[key(t)] == 1]
+
+
+def _name(thing: Thing) -> str:
+    return thing.name
+
+
+def _colour(thing: Thing) -> str:
+    return thing.colour
+
+
+def _phrase(thing: Thing) -> str:
+    return thing.phrase
+
+
+def _word_for(yes: bool) -> str:
+    return "yes" if yes else "no"
+
+
+def count(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("count", str(len(pic.things)))
+
+
+def _some(ask: Asker, pic: Picture, key: Callable[[Thing], str], every: Sequence[str]) -> str:
+    """A value to count: mostly one that is there, sometimes any."""
+    if ask.rng.random() < 0.85:
+        return ask.rng.choice(sorted({key(t) for t in pic.things}))
+    return ask.rng.choice(every)
+
+
+def count_shape(ask: Asker, pic: Picture) -> Turn | None:
+    name = _some(ask, pic, _name, SHAPES)
+    found = sum(t.name == name for t in pic.things)
+    return ask("count shape", str(found), shapes=PLURAL[name])
+
+
+def count_colour(ask: Asker, pic: Picture) -> Turn | None:
+    colour = _some(ask, pic, _colour, list(COLOURS))
+    found = sum(t.colour == colour for t in pic.things)
+    return ask("count colour", str(found), colour=colour)
+
+
+def colour(ask: Asker, pic: Picture) -> Turn | None:
+    if ask.rng.random() < 0.05:
+        missing = [s for s in SHAPES if all(t.name != s for t in pic.things)]
+        if missing:
+            name = ask.rng.choice(missing)
+            return ask("colour", f"There is no {name}.", name=name)
+    ones = _unique(pic.things, _name)
+    if not ones:
+        return None
+    thing = ask.rng.choice(ones)
+    return ask("colour", thing.colour, name=thing.name)
+
+
+def shape(ask: Asker, pic: Picture) -> Turn | None:
+    ones = _unique(pic.things, _colour)
+    if not ones:
+        return None
+    thing = ask.rng.choice(ones)
+    return ask("shape", thing.name, colour=thing.colour)
+
+
+def exists(ask: Asker, pic: Picture) -> Turn | None:
+    there = {t.phrase for t in pic.things}
+    if ask.yes():
+        thing = ask.rng.choice(pic.things)
+        return ask("exists", "yes", colour=thing.colour, name=thing.name)
+    for _ in range(20):
+        near = ask.rng.choice(pic.things)
+        name, hue = ask.rng.choice(SHAPES), ask.rng.choice(list(COLOURS))
+        half = ask.rng.random()
+        name, hue = (near.name, hue) if half < 0.4 else (name, near.colour) if half < 0.8 else (name, hue)
+        if f"{hue} {name}" not in there:
+            return ask("exists", "no", colour=hue, name=name)
+    return None
+
+
+def exists_simple(ask: Asker, pic: Picture) -> Turn | None:
+    every = SHAPES if pic.kind == "shapes" else list(ICONS)
+    there = {t.name for t in pic.things}
+    yes = ask.yes()
+    names = sorted(there) if yes else [n for n in every if n not in there]
+    if not names:
+        return None
+    return ask("exists simple", _word_for(yes), name=ask.rng.choice(names))
+
+
+def where(ask: Asker, pic: Picture) -> Turn | None:
+    ones = [t for t in _unique(pic.things, _phrase) if t.placed_clearly]
+    if not ones:
+        return None
+    thing = ask.rng.choice(ones)
+    short = thing in _unique(pic.things, _name) and ask.rng.random() < 0.5
+    return ask("where", thing.place, thing=thing.name if short else thing.phrase)
+
+
+def at(ask: Asker, pic: Picture) -> Turn | None:
+    if not all(t.placed_clearly for t in pic.things):
+        return None
+    ones = _unique(pic.things, lambda t: t.place)
+    if not ones:
+        return None
+    thing = ask.rng.choice(ones)
+    return ask("at", thing.phrase, place=thing.place)
+
+
+def _by_size(pic: Picture) -> list[Thing]:
+    return sorted(pic.things, key=lambda t: t.r)
+
+
+def largest(ask: Asker, pic: Picture) -> Turn | None:
+    order = _by_size(pic)
+    if len(order) < 2 or order[-1].r < 1.2 * order[-2].r:
+        return None
+    return ask("largest", order[-1].phrase)
+
+
+def smallest(ask: Asker, pic: Picture) -> Turn | None:
+    order = _by_size(pic)
+    if len(order) < 2 or order[1].r < 1.2 * order[0].r:
+        return None
+    return ask("smallest", order[0].phrase)
+
+
+def larger(ask: Asker, pic: Picture) -> Turn | None:
+    ones = _unique(pic.things, _phrase)
+    if len(ones) < 2:
+        return None
+    a, b = ask.rng.sample(ones, 2)
+    if max(a.r, b.r) < 1.2 * min(a.r, b.r):
+        return None
+    return ask("larger", _word_for(a.r > b.r), a=a.phrase, b=b.phrase)
+
+
+def _sides(a: Thing, b: Thing) -> dict[str, bool | None]:
+    """For each side whether ``a`` is on it of ``b``; None where it is too close to call."""
+    dx, dy = a.x - b.x, a.y - b.y
+    across = None if abs(dx) < 0.1 else dx < 0
+    down = None if abs(dy) < 0.1 else dy < 0
+    return {
+        "left of": across,
+        "right of": None if across is None else not across,
+        "above": down,
+        "below": None if down is None else not down,
+    }
+
+
+def relation(ask: Asker, pic: Picture) -> Turn | None:
+    ones = _unique(pic.things, _phrase)
+    if len(ones) < 2:
+        return None
+    a, b = ask.rng.sample(ones, 2)
+    clear = {side: truth for side, truth in _sides(a, b).items() if truth is not None}
+    if not clear:
+        return None
+    side = ask.rng.choice(list(clear))
+    use_names = _unique(pic.things, _name)
+    short = a in use_names and b in use_names and ask.rng.random() < 0.4
+    words = {"a": a.name, "b": b.name} if short else {"a": a.phrase, "b": b.phrase}
+    return ask("relation", _word_for(clear[side]), side=side, **words)
+
+
+def beside(ask: Asker, pic: Picture) -> Turn | None:
+    if len(pic.things) != 2 or pic.things[0].phrase == pic.things[1].phrase:
+        return None
+    a, b = ask.rng.sample(pic.things, 2)
+    clear = [side for side, truth in _sides(b, a).items() if truth]
+    if not clear:
+        return None
+    return ask("beside", b.phrase, side=ask.rng.choice(clear), a=a.phrase)
+
+
+def more(ask: Asker, pic: Picture) -> Turn | None:
+    seen = Counter(t.name for t in pic.things)
+    names = list(seen)
+    if len(names) < 2:
+        return None
+    a, b = ask.rng.sample(names, 2)
+    if seen[a] == seen[b]:
+        return None
+    return ask("more", _word_for(seen[a] > seen[b]), a=PLURAL[a], b=PLURAL[b])
+
+
+def describe(ask: Asker, pic: Picture) -> Turn | None:
+    if len(pic.things) > 3:
+        return ask("describe", f"{len(pic.things)} shapes.")
+    parts = [f"a {t.phrase}" for t in sorted(pic.things, key=lambda t: (_row(t), t.x))]
+    text = with_articles(", ".join(parts))
+    return ask("describe", text[0].upper() + text[1:] + ".")
+
+
+def _row(thing: Thing) -> int:
+    return int(thing.y * 3)
+
+
+def read_word(ask: Asker, pic: Picture) -> Turn | None:
+    skill = "read word" if pic.known_word else "read letters"
+    turn = ask("read word", pic.things[0].name)
+    return Turn(turn.question, turn.answer, skill)
+
+
+def read_number(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("read number", pic.things[0].name)
+
+
+def spell(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("spell", " ".join(pic.things[0].name))
+
+
+def says(ask: Asker, pic: Picture) -> Turn | None:
+    word = pic.things[0].name
+    yes = ask.yes()
+    other = ask.rng.choice([w for w in (*WORDS, *HELD_OUT_WORDS) if w != word])
+    return ask("says", _word_for(yes), word=word if yes else other)
+
+
+def text_colour(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("text colour", pic.things[0].colour)
+
+
+def icon(ask: Asker, pic: Picture) -> Turn | None:
+    if len(pic.things) == 1:
+        return ask("icon", pic.things[0].name)
+    order = sorted(pic.things, key=lambda t: t.x)
+    sides = {"on the left": order[0], "on the right": order[-1]}
+    side, thing = ask.rng.choice(list(sides.items()))
+    return ask("icon side", thing.name, side=side)
+
+
+def icon_colour(ask: Asker, pic: Picture) -> Turn | None:
+    thing = ask.rng.choice(pic.things)
+    return ask("icon colour", thing.colour, name=thing.name)
+
+
+def icon_count(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("icon count", str(len(pic.things)))
+
+
+def bar_tallest(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("bar tallest", max(pic.bars, key=lambda b: b.value).colour)
+
+
+def bar_shortest(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("bar shortest", min(pic.bars, key=lambda b: b.value).colour)
+
+
+def bar_count(ask: Asker, pic: Picture) -> Turn | None:
+    return ask("bar count", str(len(pic.bars)))
+
+
+def bar_value(ask: Asker, pic: Picture) -> Turn | None:
+    bar = ask.rng.choice(pic.bars)
+    return ask("bar value", str(bar.value), colour=bar.colour)
+
+
+def bar_taller(ask: Asker, pic: Picture) -> Turn | None:
+    a, b = ask.rng.sample(pic.bars, 2)
+    return ask("bar taller", _word_for(a.value > b.value), a=a.colour, b=b.colour)
+
+
+def off_world(ask: Asker, pic: Picture) -> Turn | None:
+    questions = HELD_OUT_OFF_WORLD if ask.held_out else OFF_WORLD
+    return Turn(ask.rng.choice(questions), UNKNOWN, "unknown")
+
+
+def noise(ask: Asker, pic: Picture) -> Turn | None:
+    skill = ask.rng.choice(("describe", "count", "read word", "icon", "colour"))
+    turn = ask(skill, UNKNOWN, **({"name": ask.rng.choice(SHAPES)} if skill == "colour" else {}))
+    return Turn(turn.question, UNKNOWN, "unknown")
+
+
+MAKERS: dict[str, dict[Maker, float]] = {
+    "shapes": {
+        count: 1.5,
+        count_shape: 1.5,
+        count_colour: 1.2,
+        colour: 1.2,
+        shape: 1.2,
+        exists: 1.2,
+        exists_simple: 0.8,
+        where: 1.2,
+        at: 1.0,
+        largest: 1.0,
+        smallest: 0.8,
+        larger: 1.2,
+        relation: 2.0,
+        beside: 1.2,
+        more: 0.8,
+        describe: 0.7,
+        off_world: 0.15,
+    },
+    "word": {read_word: 2.0, spell: 0.7, says: 0.6, text_colour: 0.4, off_world: 0.05},
+    "number": {read_number: 2.0, text_colour: 0.3, off_world: 0.03},
+    "icons": {icon: 2.0, icon_colour: 1.0, icon_count: 0.5, exists_simple: 1.0, off_world: 0.1},
+    "bars": {
+        bar_tallest: 1.0,
+        bar_shortest: 1.0,
+        bar_count: 0.5,
+        bar_value: 2.0,
+        bar_taller: 1.0,
+        off_world: 0.05,
+    },
+    "noise": {noise: 1.0},
+}
+"""Which questions suit which picture, and how often each is asked."""
+
+DRAW: dict[str, Callable[[random.Random], Picture]] = {
+    "shapes": draw_shapes,
+    "number": draw_number,
+    "icons": draw_icons,
+    "bars": draw_bars,
+    "noise": draw_noise,
+}

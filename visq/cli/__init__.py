@@ -1,0 +1,1 @@
+"""The command ``visq``. Its files import what a command needs when that command runs."""

@@ -1,0 +1,48 @@
+"""``visq``: the servers (`server_commands.py`) and the client (`client_commands.py`)."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.markup import escape
+
+from visq import __version__
+from visq.cli import server_commands
+from visq.cli.console import console, errors
+from visq.errors import ConfigurationError, VisqError
+
+app = typer.Typer(
+    help="Vision-language models behind a message queue.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # they may hold keys
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+server_commands.register(app)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        console.print(f"visq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version."
+    ),
+) -> None:
+    """Vision-language models behind a message queue."""
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line and an exit status, not a traceback.
+
+    Exit status 2: it was called or set up wrongly. 1: it failed.
+    """
+    try:
+        app()
+    except VisqError as error:
+        errors.print(f"[bold red]error[/] {escape(error.message)}", soft_wrap=True)
+        sys.exit(2 if isinstance(error, ConfigurationError) else 1)

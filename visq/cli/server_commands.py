@@ -1,0 +1,95 @@
+"""The commands that run visq: ``up``, ``api``, ``worker``, ``migrate``, ``config``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from visq.cli.console import console, load_settings
+
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder for all that is kept.", envvar="VISQ_DATA"),
+]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (up, api, worker, migrate, config):
+        app.command(rich_help_panel="Servers")(command)
+
+
+def up(
+    data: Data = None,
+    port: Annotated[int | None, typer.Option(help="Port of the API; 0: any free one.")] = None,
+) -> None:
+    """Run everything on this machine: SQLite, Valkey, the API and one worker. Ctrl-C ends it."""
+    from visq.embedded.up import run
+
+    run(load_settings(data=data, port=port))
+
+
+def api(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+) -> None:
+    """Run the REST API."""
+    settings = load_settings(host=host, port=port)
+    _mount("api", "fastapi")
+    from api.main import serve
+
+    serve(settings)
+
+
+def worker() -> None:
+    """Run one worker: load the model, then take jobs."""
+    settings = load_settings()
+    _mount("worker", "torch")
+    from worker.main import run
+
+    run(settings)
+
+
+def migrate(
+    revision: Annotated[str, typer.Argument(help="Revision to go to, forwards.")] = "head",
+) -> None:
+    """Bring the database's tables up to date."""
+    settings = load_settings()
+    _mount("api", "alembic")
+    from migrations.run import current, upgrade
+
+    upgrade(settings.database, revision)
+    console.print(f"database at revision {current(settings.database)}")
+
+
+def config(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print the settings in effect, secrets hidden."""
+    from visq.cli.show_settings import shown
+
+    rows = shown(load_settings())
+    if as_json:
+        typer.echo(json.dumps({row.variable: row.value for row in rows}, indent=2))
+        return
+    for row in rows:
+        mark = "bold green" if row.is_set else "bold"
+        console.print(f"[{mark}]{row.variable}[/] = {escape(row.value)}", soft_wrap=True)
+        for line in row.meaning.splitlines():
+            console.print(f"    [dim]{escape(line)}[/]", soft_wrap=True)
+    console.print("[dim]Green: set by you. Each is an environment variable.[/]")
+
+
+def _mount(extra: str, needed: str) -> None:
+    """Make the rooms importable, or say which extra is not installed."""
+    from importlib.util import find_spec
+
+    from visq import rooms
+    from visq.errors import ConfigurationError
+
+    if find_spec(needed) is None:
+        raise ConfigurationError(f"this command needs the extra: pip install 'visq[{extra}]'")
+    rooms.mount()

@@ -1,0 +1,42 @@
+"""The object store: where images lie, by ``s3://bucket/key`` names.
+
+`ref` is a name, parsed once; `store` is what every store can do; `s3` and `folder` are the two
+stores. Which one a process uses is a setting: `open_store`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from visq.errors import ConfigurationError
+from visq.objects.ref import ObjectRef, check_access, parse_uri
+from visq.objects.store import FetchedObject, NotModified, ObjectStore
+from visq.settings import Settings
+
+__all__ = [
+    "FetchedObject",
+    "NotModified",
+    "ObjectRef",
+    "ObjectStore",
+    "check_access",
+    "open_store",
+    "parse_uri",
+]
+
+
+def open_store(settings: Settings) -> ObjectStore:
+    """The store that ``VISQ_OBJECT_STORE`` names.
+
+    :raises ConfigurationError: if it is neither ``s3`` nor ``file:///folder``.
+    """
+    if settings.objects == "s3":
+        from visq.objects.s3 import S3Store  # boto3 is not part of the light client
+
+        return S3Store(settings)
+    url = urlsplit(settings.objects)
+    if url.scheme != "file" or url.netloc or not url.path.startswith("/"):
+        raise ConfigurationError("VISQ_OBJECT_STORE must be `s3` or `file:///an/absolute/folder`")
+    from visq.objects.folder import FolderStore
+
+    return FolderStore(Path(unquote(url.path)))

@@ -1,0 +1,158 @@
+"""All settings of visq, in one class; each is an environment variable with the prefix ``VISQ_``.
+
+``visq config`` prints the effective values with secrets hidden.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from visq.errors import ConfigurationError
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Settings of every process of visq. Durations are in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VISQ_", extra="ignore", use_attribute_docstrings=True, frozen=True
+    )
+
+    # --- the servers -------------------------------------------------------------------------
+    data: Path = Path("visq-data")
+    """Folder for everything that the embedded default keeps."""
+    database_url: SecretStr = SecretStr("")
+    """SQLAlchemy URL: ``postgresql+psycopg://...`` or ``sqlite:///file``.
+    Empty: SQLite in the data folder."""
+    broker_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    """Celery's broker, and where results are published: ``redis://...`` or ``amqp://...``."""
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    """Redis for result values, token streams and the list of live workers."""
+    object_store: str = ""
+    """``s3`` (with the settings below), or ``file:///folder`` that answers to ``s3://`` names.
+    Empty: a folder in the data folder."""
+
+    # --- S3 ----------------------------------------------------------------------------------
+    s3_endpoint_url: str | None = None
+    """Endpoint of an S3-compatible store such as MinIO; unset: AWS."""
+    s3_region: str | None = None
+    s3_access_key_id: SecretStr | None = None
+    """Unset: boto3's own chain (environment, profile, instance role)."""
+    s3_secret_access_key: SecretStr | None = None
+    s3_buckets: str = ""
+    """Buckets, or ``bucket/prefix``, that jobs may read, separated by commas; empty: all that the
+    credentials can read."""
+    upload_bucket: str = "visq-uploads"
+    """Bucket for uploads; a tenant reads only its own part of it."""
+
+    # --- the API -----------------------------------------------------------------------------
+    host: str = "127.0.0.1"
+    """Address that the API listens on. Other than loopback needs ``api_keys``."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8710
+    """Port of the API; 0: a free one."""
+    api_keys: SecretStr = SecretStr("")
+    """``name:secret`` pairs separated by commas. Each name is a tenant."""
+    max_body_bytes: Annotated[int, Field(gt=0)] = 32 * MIB
+    """Largest JSON body."""
+    max_upload_bytes: Annotated[int, Field(gt=0)] = 50 * MIB
+    """Largest upload of one image."""
+
+    # --- jobs --------------------------------------------------------------------------------
+    lease_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a claim holds without a heartbeat; a dead worker's jobs go on after this."""
+    heartbeat_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Time between two renewals of a worker's leases."""
+    maintenance_seconds: Annotated[float, Field(gt=0)] = 1.0
+    """Time between two rounds of the maintenance loop."""
+    republish_seconds: Annotated[float, Field(gt=0)] = 15.0
+    """A job still queued this long after its last publish is published again."""
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    """Attempts before a job fails with ``attempts_exhausted``."""
+    retry_backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
+    """Wait before the second attempt; doubles with each further one."""
+    batch_window: Annotated[int, Field(ge=1)] = 64
+    """Items of one batch that are in the broker at a time."""
+    result_ttl_seconds: Annotated[int, Field(gt=0)] = 86_400
+    """How long Redis keeps a result and a token stream."""
+
+    # --- the worker --------------------------------------------------------------------------
+    model: str = "small"
+    """``small`` (the model that ships with visq), a folder, or a name that transformers loads."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: bfloat16 on CUDA, float32 on the CPU."""
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Jobs that one worker holds at a time."""
+    engine_threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the engine; 0: torch's own choice."""
+    shutdown_seconds: Annotated[float, Field(ge=0)] = 20.0
+    """After SIGTERM, running jobs have this long to finish; then they are handed back."""
+
+    # --- images ------------------------------------------------------------------------------
+    max_image_bytes: Annotated[int, Field(gt=0)] = 50 * MIB
+    max_image_pixels: Annotated[int, Field(gt=0)] = 50_000_000
+    fetch_concurrency: Annotated[int, Field(ge=1)] = 16
+    """Images that one worker fetches at a time."""
+    fetch_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
+    """Longest silence of the object store while an image is read."""
+    decode_processes: Annotated[int, Field(ge=1)] = 1
+    """Media processes of one worker."""
+    decode_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
+    media_cache: Path | None = None
+    """Folder of the worker's image cache; unset: in the data folder."""
+    media_cache_bytes: Annotated[int, Field(ge=0)] = 1024 * MIB
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_are_pairs(cls, value: SecretStr) -> SecretStr:
+        parse_api_keys(value.get_secret_value())
+        return value
+
+    @cached_property
+    def tenants(self) -> dict[str, str]:
+        """Tenant name -> secret."""
+        return parse_api_keys(self.api_keys.get_secret_value())
+
+    @property
+    def database(self) -> str:
+        """The database URL in effect."""
+        return self.database_url.get_secret_value() or f"sqlite:///{self.data.resolve()}/visq.db"
+
+    @property
+    def broker(self) -> str:
+        return self.broker_url.get_secret_value()
+
+    @property
+    def redis(self) -> str:
+        return self.redis_url.get_secret_value()
+
+    @property
+    def objects(self) -> str:
+        """``s3`` or the URL of the folder store."""
+        return self.object_store or (self.data.resolve() / "objects").as_uri()
+
+
+def parse_api_keys(text: str) -> dict[str, str]:
+    """Parse ``name:secret,name:secret`` into a dict.
+
+    :raises ConfigurationError: if a pair has no name or no secret, or a name comes twice or holds
+        other characters than letters, digits, ``-`` and ``_`` (names are part of queue names).
+    """
+    keys: dict[str, str] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, _, secret = pair.partition(":")
+        if not secret or not name.replace("-", "").replace("_", "").isalnum() or name in keys:
+            raise ConfigurationError(
+                "VISQ_API_KEYS must be `name:secret` pairs separated by commas, with distinct "
+                "names of letters, digits, `-` and `_`"
+            )
+        keys[name] = secret
+    return keys

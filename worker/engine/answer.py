@@ -1,0 +1,88 @@
+"""One answer as it grows: its tokens, its text, where it stops.
+
+Knows nothing of models or tensors: an engine feeds it one token at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+from visq.types import GenerationConfig
+from worker.engine.face import Finished, FinishReason, TokenEvent
+from worker.engine.text import Detokenizer, StopWords
+
+TAIL: Final = 200
+"""Characters of the newest text that are kept for bad words: their greatest length."""
+
+
+class Answer:
+    """Collects tokens, says when the answer stops, and gives the events to publish."""
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        decode: Callable[[list[int]], str],
+        stop_ids: Collection[int],
+        stop_words: Collection[str],
+    ) -> None:
+        """
+        :param stop_ids: tokens that end the answer.
+        :param stop_words: strings that end it.
+        """
+        self.token_ids: list[int] = []
+        self.stopped = False
+        """Whether a stop token or a stop word has come."""
+        self.tail = ""
+        """The newest decoded text, shown or not."""
+        self._stop_ids = frozenset(stop_ids)
+        self._include_stop = config.include_stop_str_in_output
+        self._min_tokens = config.min_new_tokens or 0
+        self._detokenizer = Detokenizer(decode)
+        self._stop_words = StopWords(sorted(stop_words), include=self._include_stop)
+        self._text: list[str] = []
+        self._cut = False  # a stop word has ended the text: what follows is not shown
+        self._published = 0
+
+    def append(self, token_id: int) -> TokenEvent | None:
+        """Add a token; return the event to publish, if it has made new text certain."""
+        if token_id in self._stop_ids:
+            self.stopped = True
+            if not self._include_stop:
+                return None
+        self.token_ids.append(token_id)
+        return self._event(self._show(self._detokenizer.append(token_id)))
+
+    def finish(self, prompt_tokens: int) -> tuple[TokenEvent | None, Finished]:
+        """End the answer; return the last token event, if something was held back, and the end."""
+        rest = ""
+        if not self._cut:
+            rest = self._show(self._detokenizer.flush())
+        if not self._cut:
+            rest += self._stop_words.flush()
+        event = self._event(rest, final=True)
+        reason: FinishReason = "stop" if self.stopped else "length"
+        return event, Finished(
+            text="".join(self._text),
+            finish_reason=reason,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(self.token_ids),
+            token_ids=self.token_ids,
+        )
+
+    def _show(self, text: str) -> str:
+        """Return the part of the new text that can be shown."""
+        self.tail = (self.tail + text)[-TAIL:]
+        if len(self.token_ids) < self._min_tokens:
+            return text
+        shown, self._cut = self._stop_words.feed(text)
+        self.stopped = self.stopped or self._cut
+        return shown
+
+    def _event(self, text: str, *, final: bool = False) -> TokenEvent | None:
+        token_ids = self.token_ids[self._published :]
+        if not text and not (final and token_ids):
+            return None
+        self._published = len(self.token_ids)
+        self._text.append(text)
+        return TokenEvent(text=text, token_ids=token_ids)

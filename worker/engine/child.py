@@ -1,0 +1,100 @@
+"""The engine process: a `GenerateEngine` at the end of a pipe.
+
+It ends with its owner, however that ends: the kernel kills it when the thread that started it is
+gone, and it leaves by itself when the pipe closes. Ctrl-C and SIGTERM, which a terminal or a
+container sends to all processes at once, are the owner's to handle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, Final, NoReturn
+
+from visq.errors import ConfigurationError
+from worker.engine.config import EngineConfig
+from worker.engine.face import Event, Handle, TokenEvent
+from worker.engine.wire import Cancel, Happened, LoadFailed, Ready, Submit, ToEngine
+
+PR_SET_PDEATHSIG: Final = 1
+
+
+def main(connection: Connection[Any, ToEngine], config: EngineConfig, owner: int) -> None:
+    """Load the model, say so, and answer until the owner goes.
+
+    :param owner: process id of the process that started this one.
+    """
+    _die_with(owner)
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    # They were blocked at birth, so that none came before this line (see `ProcessEngine`).
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    faulthandler.enable()
+    logging.basicConfig(
+        level=config.log_level, format="%(asctime)s %(levelname)s engine: %(message)s"
+    )
+    _Server(connection).serve(config)
+
+
+class _Server:
+    def __init__(self, connection: Connection[Any, ToEngine]) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._handles: dict[int, Handle] = {}
+
+    def serve(self, config: EngineConfig) -> NoReturn:
+        from worker.engine.generate import GenerateEngine
+
+        try:
+            engine = GenerateEngine(config)
+        except ConfigurationError as error:
+            self._send(LoadFailed(error.message))
+            os._exit(1)
+        threading.Thread(target=_leave_after, args=(engine.ended,), daemon=True).start()
+        self._send(Ready(engine.info))
+        while True:
+            message = self._receive()
+            match message:
+                case Submit(number, request):
+                    self._handles[number] = engine.submit(request, partial(self._relay, number))
+                case Cancel(number):
+                    if handle := self._handles.get(number):
+                        handle.cancel()
+
+    def _receive(self) -> ToEngine:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # the owner is gone
+
+    def _relay(self, number: int, event: Event) -> None:
+        self._send(Happened(number, event))
+        if not isinstance(event, TokenEvent):
+            self._handles.pop(number, None)
+
+    def _send(self, message: object) -> None:
+        try:
+            with self._sending:
+                self._connection.send(message)
+        except OSError:
+            os._exit(0)  # the owner is gone
+
+
+def _leave_after(ended: threading.Event) -> None:
+    """End the process once the engine has: a new one takes its place."""
+    ended.wait()
+    os._exit(1)
+
+
+def _die_with(owner: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != owner:  # it died before this line
+        os._exit(1)

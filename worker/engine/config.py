@@ -1,0 +1,40 @@
+"""What an engine is told at its start; a small part of `visq.settings`, without secrets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from visq.settings import Settings
+
+SMALL_MODEL: Final = Path(__file__).resolve().parent.parent / "small_model"
+"""Folder of the model that ships with visq."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Which model to load, and where."""
+
+    model: str = "small"
+    """``small``, a folder, or a name that transformers loads."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = 0
+    """CPU threads; 0: torch's own choice."""
+    log_level: str = "INFO"
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> EngineConfig:
+        return cls(
+            model=settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.engine_threads,
+            log_level=settings.log_level,
+        )
+
+    @property
+    def source(self) -> str:
+        """Folder or name of the model, for transformers."""
+        return str(SMALL_MODEL) if self.model == "small" else self.model

@@ -1,0 +1,151 @@
+"""The face that every engine of visq has: submit a request, iterate its events, cancel it.
+
+Light on purpose (no torch): the Celery worker and the tests import it without the model. The
+engines behind it are `worker.engine.generate` (in this process) and `worker.engine.process` (the
+same one in a process of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Literal, Protocol, TypeAlias
+
+from visq.errors import VisqError
+from visq.pixels import PixelBuffer
+from visq.types import GenerationConfig, Lane, Message
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One prompt and how to answer it."""
+
+    id: str
+    """The caller's name of the request; for the log only, it need not be unique."""
+    messages: list[Message]
+    images: list[PixelBuffer] = field(default_factory=list)
+    """One for each image part of `messages`, in their order. They belong to the caller, who must
+    keep them until the request has ended; the engine only reads them."""
+    gen_config: GenerationConfig = field(default_factory=GenerationConfig)
+    do_preprocess: bool = True
+    """``False``: the text parts are the raw prompt, image placeholders and special tokens in it
+    are meant; no chat template is applied."""
+    adapter_name: str | None = None
+    lane: Lane = Lane.INTERACTIVE
+    deadline_seconds: float | None = None
+    """Seconds from the submit after which the request ends as ``Stopped("expired")``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New text, and the tokens that made it. All deltas concatenate to ``Finished.text``."""
+
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete."""
+
+    text: str
+    finish_reason: FinishReason
+    """``stop``: an end token or a stop word; ``length``: ``max_new_tokens`` or the full context."""
+    prompt_tokens: int
+    completion_tokens: int
+    """``len(token_ids)``."""
+    token_ids: list[int]
+    """All generated tokens but the stop token; with a stop word, up to the token that ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request cannot be answered; ``error.retryable`` says whether trying again may help."""
+
+    error: VisqError
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The request ended before its answer was complete, because somebody wanted it so."""
+
+    reason: Literal["cancelled", "expired"]
+
+
+Outcome: TypeAlias = Finished | Failed | Stopped
+"""How a request ends: exactly one of these is its last event."""
+
+Event: TypeAlias = TokenEvent | Outcome
+
+
+class Handle:
+    """A request in an engine: iterate it once, in one thread, for its events; the last one is its
+    outcome."""
+
+    def __init__(
+        self, cancel: Callable[[], None], sink: Callable[[Event], None] | None = None
+    ) -> None:
+        """:param sink: takes the events in place of the iterator; called in the engine's thread."""
+        self._cancel = cancel
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._sink = sink or self._events.put
+        self._outcome: Outcome | None = None
+
+    def __iter__(self) -> Iterator[Event]:
+        """Yield the events as they come (blocking); ends after the outcome."""
+        while self._outcome is None:
+            event = self._events.get()
+            if not isinstance(event, TokenEvent):
+                self._outcome = event
+            yield event
+
+    def result(self) -> Outcome:
+        """Wait for the outcome, dropping the token events not yet read."""
+        for _ in self:
+            pass
+        assert self._outcome is not None
+        return self._outcome
+
+    def cancel(self) -> None:
+        """Ask for the end of the request, from any thread; does nothing once it has ended."""
+        self._cancel()
+
+    def publish(self, event: Event) -> None:
+        """For engines: hand out the next event."""
+        self._sink(event)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine has loaded."""
+
+    model: str
+    """As asked for: ``small``, a folder, or a name."""
+    engine: str
+    """Which engine answers, e.g. ``generate``."""
+    device: str
+    dtype: str
+    load_seconds: float
+    max_context: int
+    """Most tokens of prompt and answer together."""
+
+
+class Engine(Protocol):
+    """What the worker needs of an engine. All methods may be called from any thread."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is loaded."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are being answered right now."""
+
+    def submit(self, request: EngineRequest) -> Handle:
+        """Take a request; never raises for its content: that ends as a `Failed` event."""
+
+    def close(self) -> None:
+        """End quickly; open requests end as `Failed` with a retryable error. Repeatable."""

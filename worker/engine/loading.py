@@ -1,0 +1,140 @@
+"""Loads a model and its processor by transformers' Auto classes, onto one device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from visq.errors import ConfigurationError
+from worker.engine.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_CONTEXT: Final = 4096
+"""Context of a model that does not say its own."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, ready to answer."""
+
+    name: str
+    model: Any
+    processor: Any
+    """Of a vision-language model; of a text model its tokenizer."""
+    tokenizer: Any
+    takes_images: bool
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    """Width of the logits (may be larger than the tokenizer's vocabulary)."""
+    end_ids: frozenset[int]
+    """Tokens at which the model itself ends an answer."""
+    max_context: int
+    load_seconds: float
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Load what `config` names.
+
+    :raises ConfigurationError: if the device or the model is not there or cannot be loaded.
+    """
+    start = time.monotonic()
+    device = _device(config)
+    dtype = _dtype(config, device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if device.type == "cuda":
+        # cuDNN builds a plan for each new length: 37-56 ms a step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _check_folder(config)
+    try:
+        return _load(config, device, dtype, start)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"VISQ_MODEL={config.model}: the model cannot be loaded: {error}"
+        ) from error
+
+
+def _load(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, start: float
+) -> LoadedModel:
+    hf_config = AutoConfig.from_pretrained(config.source)
+    takes_images = hf_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if not takes_images and hf_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"visq does not know how to talk to models of type {hf_config.model_type}")
+    auto_model = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    auto_processor = AutoProcessor if takes_images else AutoTokenizer
+    processor = auto_processor.from_pretrained(config.source)
+    tokenizer = processor.tokenizer if takes_images else processor
+    model = auto_model.from_pretrained(config.source, dtype=dtype).to(device).eval()
+    end_ids = _end_ids(tokenizer, model.generation_config)
+    # Sampling defaults of the checkpoint would fill every field that a request leaves open.
+    model.generation_config = transformers.GenerationConfig()
+    text_config = hf_config.get_text_config()
+    return LoadedModel(
+        name=config.model,
+        model=model,
+        processor=processor,
+        tokenizer=tokenizer,
+        takes_images=takes_images,
+        device=device,
+        dtype=dtype,
+        vocab_size=text_config.vocab_size,
+        end_ids=end_ids,
+        max_context=getattr(text_config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
+        load_seconds=time.monotonic() - start,
+    )
+
+
+def _end_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
+    ids = generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else ids or []
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+def _check_folder(config: EngineConfig) -> None:
+    """Say plainly that a folder is missing, before transformers asks the hub for its name."""
+    folder = Path(config.source)
+    looks_like_folder = config.model == "small" or config.source.startswith((".", "/", "~"))
+    if (looks_like_folder or folder.exists()) and not (folder / "config.json").is_file():
+        raise ConfigurationError(
+            f"VISQ_MODEL={config.model}: the folder {folder} holds no model (no config.json)"
+        )
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "VISQ_DEVICE=cuda, but torch finds no CUDA device; use `cpu` or `auto`, or install a "
+            "torch that fits the driver"
+        )
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,284 @@
+"""One run of one job, from the claim to its end: claim, look, ask, end, tell.
+
+Everything that can go wrong in a run ends in an `Outcome`; only the loss of the claim ends it
+without a write.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+
+import redis
+import structlog
+
+from models import jobs
+from models.database import Database
+from models.outcomes import (
+    Cancelled,
+    Claim,
+    Expired,
+    Failed,
+    HandedBack,
+    Outcome,
+    Succeeded,
+    Transition,
+    Work,
+)
+from visq.errors import ImageChanged, Unavailable, VisqError
+from visq.pixels import PixelBuffer
+from visq.settings import Settings
+from visq.streams import EventWriter
+from visq.types import ImagePart, JobResult, Message, TextPart, Usage
+from worker.engine import face
+from worker.engine.face import Engine, EngineRequest, Finished, Stopped, TokenEvent
+from worker.media import Media
+from worker.queue import Courier, Maintenance
+from worker.runs import Run, Runs
+
+log = structlog.get_logger(__name__)
+
+FLUSH_SECONDS = 0.03
+"""Tokens that come faster than this go to Redis together."""
+
+
+class Executor:
+    """Runs jobs, many at a time: `run` is called from as many threads as jobs are in flight."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        worker_id: str,
+        database: Database,
+        engine: Engine,
+        media: Media,
+        runs: Runs,
+        courier: Courier,
+        maintenance: Maintenance,
+    ) -> None:
+        self._settings = settings
+        self._worker_id = worker_id
+        self._database = database
+        self._engine = engine
+        self._media = media
+        self._runs = runs
+        self._courier = courier
+        self._maintenance = maintenance
+        self._fetchers = ThreadPoolExecutor(settings.fetch_concurrency, "fetch")
+
+    def run(self, job_id: str) -> None:
+        """Run the job if it is there to claim; a repeated message finds nothing."""
+        work = self._claim(job_id)
+        if work is None:
+            log.debug("nothing to claim", job=job_id)
+            return
+        with self._runs.holding(work.claim) as run:
+            outcome = self._attempt(work, run)
+            transition = None if outcome is None else self._finish(run, outcome)
+        if transition is None:
+            log.warning("run lost its job; its result is thrown away", job=job_id)
+            return
+        log.info("job run", job=job_id, attempt=work.claim.attempt, status=transition.job.status)
+        self._courier.deliver_all([transition])
+        if work.batch_id is not None:
+            self._maintenance.wake()  # there is room in the batch's window
+
+    def close(self) -> None:
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    def _claim(self, job_id: str) -> Work | None:
+        try:
+            return self._database.run(
+                jobs.claim,
+                job_id,
+                worker=self._worker_id,
+                lease_seconds=self._settings.lease_seconds,
+            )
+        except Unavailable as error:
+            log.warning("not claimed; it is published again", job=job_id, error=str(error))
+            return None
+
+    def _attempt(self, work: Work, run: Run) -> Outcome | None:
+        """How the attempt ends; ``None`` if the claim was lost on the way."""
+        stream = _TokenStream(self._courier.events, run.claim)
+        try:
+            with self._images(work, run) as (history, turn, images):
+                if run.stop_reason is not None:
+                    return _stopped(run, "cancelled")
+                stream.begin()
+                answer = self._ask(work, run, [*history, *turn], images, stream)
+        except VisqError as error:
+            return self._failed(error)
+        except Exception:
+            log.exception("run failed", job=work.claim.job_id)
+            return self._failed(VisqError("visq failed at this job; the worker's log says why"))
+        match answer:
+            case Finished():
+                result = JobResult(
+                    text=answer.text,
+                    finish_reason=answer.finish_reason,
+                    usage=Usage(
+                        prompt_tokens=answer.prompt_tokens,
+                        completion_tokens=answer.completion_tokens,
+                        images=len(images),
+                    ),
+                    model=self._engine.info.model,
+                )
+                reply = Message(role="assistant", content=answer.text)
+                return Succeeded(result, [*turn, reply])
+            case face.Failed(error):
+                return self._failed(error)
+            case Stopped(reason):
+                return _stopped(run, reason)
+
+    @contextmanager
+    def _images(
+        self, work: Work, run: Run
+    ) -> Iterator[tuple[list[Message], list[Message], list[PixelBuffer]]]:
+        """The history and the turn with the hashes of their images, and the images in order.
+
+        An image that comes several times is fetched once. The pixels live as long as the block.
+        """
+        turn = work.prompt.as_messages()
+        parts = [
+            part
+            for message in [*work.history, *turn]
+            for part in message.parts()
+            if isinstance(part, ImagePart)
+        ]
+        urls = list(dict.fromkeys(part.image_url.url for part in parts))
+
+        def load(url: str) -> PixelBuffer | None:
+            return None if run.stop_reason else self._media.load(url, work.tenant)
+
+        with ExitStack() as stack:
+            fetches = {url: self._fetchers.submit(load, url) for url in urls}
+            wait(fetches.values())
+            for fetch in fetches.values():
+                if fetch.exception() is None and (buffer := fetch.result()) is not None:
+                    stack.callback(buffer.release)
+            loaded = {url: fetch.result() for url, fetch in fetches.items()}
+            buffers = {url: buffer for url, buffer in loaded.items() if buffer is not None}
+            if len(buffers) < len(urls):  # stopped on the way
+                yield [], [], []
+                return
+            for part in parts:
+                _check_unchanged(part, buffers[part.image_url.url], work)
+            hashes = {url: buffer.sha256 for url, buffer in buffers.items()}
+            shown = [_with_hashes(message, hashes) for message in turn]
+            yield work.history, shown, [buffers[part.image_url.url] for part in parts]
+
+    def _ask(
+        self,
+        work: Work,
+        run: Run,
+        messages: list[Message],
+        images: list[PixelBuffer],
+        stream: _TokenStream,
+    ) -> face.Outcome:
+        handle = self._engine.submit(
+            EngineRequest(
+                id=work.claim.job_id,
+                messages=messages,
+                images=images,
+                gen_config=work.prompt.gen_config,
+                do_preprocess=work.prompt.do_preprocess,
+                adapter_name=work.prompt.adapter_name,
+                lane=work.lane,
+                deadline_seconds=work.expires_in,
+            )
+        )
+        run.attach(handle)
+        for event in handle:
+            if isinstance(event, TokenEvent):
+                stream.add(event.text)
+            else:
+                stream.flush()
+                return event
+        raise AssertionError("an engine ends every request with an outcome")
+
+    def _failed(self, error: VisqError) -> Failed:
+        return Failed(error, self._settings.retry_backoff_seconds)
+
+    def _finish(self, run: Run, outcome: Outcome) -> Transition | None:
+        """Write the end. While the database is away, the claim is held as long as it may be valid;
+        if a commit got through although its answer did not, the second try finds the claim used."""
+        give_up = time.monotonic() + 2 * self._settings.lease_seconds
+        while run.stop_reason != "lost":
+            try:
+                return self._database.run(jobs.finish, run.claim, outcome)
+            except Unavailable as error:
+                if time.monotonic() > give_up:
+                    break
+                log.warning("end not written yet", job=run.claim.job_id, error=str(error))
+                time.sleep(0.5)
+        return None
+
+
+class _TokenStream:
+    """Text for Redis, some tokens at a time. A stream is a convenience: without Redis the job
+    goes on."""
+
+    def __init__(self, events: EventWriter, claim: Claim) -> None:
+        self._events = events
+        self._claim = claim
+        self._text = ""
+        self._flushed_at = 0.0
+        self._broken = False
+
+    def begin(self) -> None:
+        self._write(lambda: self._events.attempt(self._claim.job_id, self._claim.attempt))
+
+    def add(self, text: str) -> None:
+        self._text += text
+        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        text, self._text = self._text, ""
+        if text:
+            self._write(lambda: self._events.token(self._claim.job_id, self._claim.attempt, text))
+            self._flushed_at = time.monotonic()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        # After one failure the rest would have a gap: readers take the text from the job's end.
+        if self._broken:
+            return
+        try:
+            write()
+        except redis.RedisError as error:
+            self._broken = True
+            log.warning("tokens not streamed", job=self._claim.job_id, error=str(error))
+
+
+def _stopped(run: Run, reason: str) -> Outcome | None:
+    match run.stop_reason:
+        case "lost":
+            return None
+        case "shutdown":
+            return HandedBack("the worker shut down")
+        case _:
+            return Expired() if reason == "expired" else Cancelled()
+
+
+def _check_unchanged(part: ImagePart, buffer: PixelBuffer, work: Work) -> None:
+    if part.sha256 in (None, buffer.sha256) or work.accept_changed_images:
+        return
+    raise ImageChanged(
+        f"{part.image_url.url} has other content than when it was shown; submit with "
+        '`on_image_change: "accept"` to go on with the new content',
+        param=part.image_url.url[:256],
+    )
+
+
+def _with_hashes(message: Message, hashes: dict[str, str]) -> Message:
+    content: list[TextPart | ImagePart] = [
+        part.model_copy(update={"sha256": hashes[part.image_url.url]})
+        if isinstance(part, ImagePart)
+        else part
+        for part in message.parts()
+    ]
+    return Message(role=message.role, content=content)

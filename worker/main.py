@@ -1,0 +1,123 @@
+"""The worker process: loads the model, then takes jobs until it is told to stop.
+
+Celery's thread pool holds the jobs (I/O only); the model runs in the engine process, pictures are
+decoded in media processes. The model is loaded before the first message is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import uuid
+from contextlib import ExitStack
+
+import structlog
+from celery import Celery, signals
+from rich.console import Console
+
+from models import revision
+from models.database import Database
+from visq.objects import open_store
+from visq.settings import Settings
+from visq.streams import WorkerInfo
+from worker.engine import start_engine
+from worker.executor import Executor
+from worker.media import Media
+from worker.queue import Courier, Maintenance, broker_guard
+from worker.queue.app import RUN_TASK, make_app
+from worker.runs import Runs
+
+log = structlog.get_logger(__name__)
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code.
+
+    :raises ConfigurationError: the database has no tables, or the model cannot be loaded.
+    """
+    console = Console(stderr=True)
+    broker_guard.install()
+    with ExitStack() as stack:
+        database = Database(settings.database, pool_size=min(settings.concurrency + 4, 64))
+        stack.callback(database.close)
+        database.read(revision.check)
+        console.print(f"loading the model [bold]{settings.model}[/] ...")
+        engine = start_engine(settings)
+        stack.callback(engine.close)
+        info = engine.info
+        console.print(
+            f"loaded [bold]{info.model}[/] on {info.device} ({info.dtype}, engine "
+            f"{info.engine}) in {info.load_seconds:.1f} s; context {info.max_context} tokens"
+        )
+        worker_id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        store = open_store(settings)
+        stack.callback(store.close)
+        media = Media(settings, store)
+        stack.callback(media.close)
+        app = make_app(settings)
+        courier = Courier(settings, database, app)
+        stack.callback(courier.close)
+        maintenance = Maintenance(settings, database, courier)
+        maintenance.start()
+        stack.callback(maintenance.stop)
+
+        def describe(in_flight: int) -> WorkerInfo:
+            return WorkerInfo(
+                id=worker_id,
+                model=info.model,
+                engine=info.engine,
+                device=info.device,
+                dtype=info.dtype,
+                concurrency=settings.concurrency,
+                in_flight=in_flight,
+            )
+
+        runs = Runs(settings, database, courier.redis, describe)
+        stack.callback(runs.close)
+        executor = Executor(
+            settings,
+            worker_id=worker_id,
+            database=database,
+            engine=engine,
+            media=media,
+            runs=runs,
+            courier=courier,
+            maintenance=maintenance,
+        )
+        stack.callback(executor.close)
+        runs.start()
+        console.print(f"worker {worker_id} takes up to {settings.concurrency} jobs at a time")
+        return serve(app, settings, executor, runs)
+
+
+def serve(app: Celery, settings: Settings, executor: Executor, runs: Runs) -> int:
+    """Take messages until a signal; then finish the running jobs, or hand them back."""
+
+    @app.task(name=RUN_TASK)
+    def run_jobs(job_ids: list[str]) -> None:
+        for job_id in job_ids:
+            executor.run(job_id)
+
+    grace = threading.Timer(settings.shutdown_seconds, runs.hand_back_all)
+    grace.daemon = True
+
+    def on_shutdown(**_: object) -> None:
+        # Celery's thread pool waits for its jobs without a limit; the limit is ours.
+        if not grace.is_alive():
+            log.info("shutting down", grace_seconds=settings.shutdown_seconds)
+            grace.start()
+
+    signals.worker_shutting_down.connect(on_shutdown, weak=False)
+    worker = app.Worker(
+        pool="threads",
+        concurrency=settings.concurrency,
+        loglevel=settings.log_level,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    worker.start()
+    grace.cancel()
+    return int(worker.exitcode or 0)

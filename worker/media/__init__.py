@@ -1,0 +1,15 @@
+"""From an image's name to its pixels: fetch, check, decode. No jobs, no database, no model here.
+
+A load, in order (`media.Media` is the whole of it)::
+
+    "s3://bucket/key"   parse and check access              visq.objects
+      -> bytes          one fetch for all who ask at once,  fetch.Fetcher
+                        through a folder that caches        cache.DiskCache
+      -> pixels         in a process of its own             decoders.Decoders
+                        by strict rules                     decode
+      -> PixelBuffer    in shared memory                    visq.pixels
+"""
+
+from worker.media.media import Media
+
+__all__ = ["Media"]

@@ -1,0 +1,11 @@
+"""The broker's side of visq, light enough for the API: no torch, no pictures.
+
+`Courier` publishes what a committed transition leaves to publish, at once; `Maintenance` is the
+loop, in every API and worker process, that publishes what was left behind and looks after
+deadlines, dead workers and batches. The Celery application itself is in `worker.queue.app`.
+"""
+
+from worker.queue.courier import Courier
+from worker.queue.maintenance import Maintenance
+
+__all__ = ["Courier", "Maintenance"]

@@ -1,0 +1,92 @@
+"""Publishing to the broker: job ids to the lanes, result events to the exchange."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from celery import Celery
+from kombu import Connection, Exchange, Queue
+from kombu.exceptions import KombuError
+from kombu.pools import ProducerPool
+
+from models.outcomes import QueuedJob
+from visq.cloudevents import CONTENT_TYPE, RESULTS_EXCHANGE, result_queue_name, routing_key
+from visq.errors import Unavailable
+from visq.settings import Settings
+from visq.types import Lane
+from worker.queue.app import RUN_TASK, make_app, queue_name, transport_options
+
+
+class Broker:
+    """Blocking and thread-safe. Every method raises `Unavailable` if the broker does not answer."""
+
+    def __init__(self, settings: Settings, app: Celery | None = None) -> None:
+        self._app = app or make_app(settings)
+        self._results = Connection(
+            settings.broker, transport_options=transport_options(settings.broker)
+        )
+        self._producers = ProducerPool(self._results.Pool(limit=4), limit=4)
+        self._errors: tuple[type[BaseException], ...] = (
+            *self._results.connection_errors,
+            *self._results.channel_errors,
+            KombuError,
+            OSError,
+        )
+        self._exchange = Exchange(RESULTS_EXCHANGE, type="topic", durable=True)
+
+    def publish_jobs(self, jobs: Sequence[QueuedJob]) -> None:
+        """Tell the workers of `jobs`: one message each, in the queue of its lane."""
+        with self._outage_typed(), self._app.producer_or_acquire() as producer:
+            for job in jobs:
+                self._app.send_task(
+                    RUN_TASK, args=[[job.id]], queue=queue_name(job.lane), producer=producer
+                )
+
+    def publish_result(self, event: dict[str, Any]) -> None:
+        """Publish a result event to the exchange, and to the queue that its job names."""
+        queue = event["data"]["result_queue"]
+        with self._outage_typed(), self._producers.acquire(block=True, timeout=5) as p:
+            publish: Callable[..., Any] = p.publish
+            message = {
+                "body": json.dumps(event),
+                "content_type": CONTENT_TYPE,
+                "content_encoding": "utf-8",
+                "delivery_mode": 2,
+                "message_id": event["id"],
+                "retry": False,
+            }
+            publish(
+                **message,
+                exchange=self._exchange,
+                routing_key=routing_key(event),
+                declare=[self._exchange],
+            )
+            if queue is not None:
+                name = result_queue_name(event["visqtenant"], queue)
+                own = Queue(name, Exchange(""), routing_key=name, durable=True)
+                publish(**message, exchange="", routing_key=name, declare=[own])
+
+    def depth(self, lane: Lane) -> int:
+        """Messages that wait in the lane's queue, not counting those that workers hold."""
+        with self._outage_typed(), self._app.connection_for_write() as connection:
+            queue: Any = self._app.amqp.queues[queue_name(lane)](connection.default_channel)
+            return int(queue.queue_declare().message_count)
+
+    def ping(self) -> None:
+        with self._outage_typed(), self._app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
+
+    def close(self) -> None:
+        self._producers.force_close_all()
+        self._results.release()
+        self._app.close()
+
+    @contextmanager
+    def _outage_typed(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            raise Unavailable(f"the broker does not answer ({type(error).__name__})") from error

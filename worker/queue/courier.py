@@ -1,0 +1,96 @@
+"""Publishes what a committed transition leaves to publish; the maintenance loop repeats it.
+
+Called right after the commit by whoever made the transition. An outage is logged and otherwise
+ignored: the job row and the outbox still say what must be published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import redis
+import structlog
+from celery import Celery
+
+from models import dispatch, outbox
+from models.database import Database
+from models.outbox import OutboxEntry
+from models.outcomes import QueuedJob, Transition
+from visq.errors import Unavailable
+from visq.settings import Settings
+from visq.streams import CANCEL_CHANNEL, EventWriter
+from worker.queue.broker import Broker
+
+log = structlog.get_logger(__name__)
+
+
+def connect_redis(settings: Settings) -> redis.Redis:
+    """A pooled client with time-outs, for values and streams."""
+    return redis.Redis.from_url(
+        settings.redis, socket_timeout=10, socket_connect_timeout=3, health_check_interval=30
+    )
+
+
+class Courier:
+    """Blocking and thread-safe."""
+
+    def __init__(self, settings: Settings, database: Database, app: Celery | None = None) -> None:
+        self._settings = settings
+        self._database = database
+        self.redis = connect_redis(settings)
+        self.events = EventWriter(self.redis, ttl_seconds=settings.result_ttl_seconds)
+        self.broker = Broker(settings, app)
+
+    def deliver(self, queued: Sequence[QueuedJob] = (), events: Sequence[OutboxEntry] = ()) -> None:
+        """Publish queued jobs and result events, and note that it was done."""
+        try:
+            if queued:
+                self.broker.publish_jobs(queued)
+                self._database.run(
+                    dispatch.mark_published,
+                    [job.id for job in queued],
+                    republish_seconds=self._settings.republish_seconds,
+                )
+            if events:
+                self.publish_events(events)
+        except Unavailable as error:
+            log.warning("left for the maintenance loop", error=str(error))
+
+    def deliver_all(self, transitions: Sequence[Transition]) -> None:
+        """`deliver` for several transitions at once."""
+        self.deliver(
+            [job for transition in transitions for job in transition.queued],
+            [event for transition in transitions for event in transition.events],
+        )
+
+    def publish_events(self, entries: Sequence[OutboxEntry]) -> None:
+        """Publish outbox entries to Redis and to the broker, and delete them.
+
+        :raises Unavailable: a server does not answer; what was not confirmed stays.
+        """
+        for entry in entries:
+            try:
+                self.events.end(entry.payload["data"])
+            except redis.RedisError as error:
+                raise Unavailable(f"Redis does not answer ({type(error).__name__})") from error
+            self.broker.publish_result(entry.payload)
+        self._database.run(outbox.done, [entry.id for entry in entries])
+
+    def nudge_cancel(self, job_ids: Sequence[str]) -> None:
+        """Tell the workers at once that these running jobs were asked to stop.
+
+        Without it they learn of it at their next heartbeat.
+        """
+        try:
+            for job_id in job_ids:
+                self.redis.publish(CANCEL_CHANNEL, job_id)
+        except redis.RedisError as error:
+            log.warning("cancel is left for the heartbeat", error=str(error))
+
+    def ping(self) -> None:
+        """:raises Unavailable: the broker does not answer."""
+        self.broker.ping()
+
+    def close(self) -> None:
+        self.broker.close()
+        self.redis.close()

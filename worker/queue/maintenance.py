@@ -1,0 +1,148 @@
+"""The loop that makes the promises true when processes or servers fail.
+
+It runs in every API and worker process, without a leader: rows are taken with SKIP LOCKED, and
+every transition is guarded, so that two loops at the same row do no harm.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from models import batches, dispatch, jobs, outbox
+from models.database import Database
+from models.outcomes import QueuedJob, Transition
+from visq.errors import Unavailable
+from visq.settings import Settings
+from worker.queue.courier import Courier
+
+log = structlog.get_logger(__name__)
+
+CHUNK = 200
+"""Rows that one step of a round takes."""
+
+SHORTEST_PAUSE = 0.05
+"""Seconds between two rounds, however often the loop is woken."""
+
+
+class Maintenance:
+    """A thread that repeats `round`; `wake` asks for one soon."""
+
+    def __init__(self, settings: Settings, database: Database, courier: Courier) -> None:
+        self._settings = settings
+        self._database = database
+        self._courier = courier
+        self._stopping = threading.Event()
+        self._woken = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="maintenance", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after its present step."""
+        self._stopping.set()
+        self._woken.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Run a round soon: a batch has come, or room in its window."""
+        self._woken.set()
+
+    def round(self) -> None:
+        """Each step once. An outage in one does not keep the others from running."""
+        for step in (
+            self.expire_jobs,
+            self.rescue_jobs,
+            self.cancel_batch_items,
+            self.fill_windows,
+            self.publish_jobs,
+            self.publish_events,
+        ):
+            if self._stopping.is_set():
+                return
+            try:
+                step()
+            except Unavailable as error:
+                log.warning("maintenance step failed", step=step.__name__, error=str(error))
+            except Exception:
+                # The loop must outlive a bug in one step: the others keep other promises.
+                log.exception("maintenance step failed", step=step.__name__)
+
+    def expire_jobs(self) -> None:
+        """End waiting and queued jobs whose deadline has passed."""
+        self._each(self._database.read(jobs.past_deadline, CHUNK), jobs.expire)
+
+    def rescue_jobs(self) -> None:
+        """Take jobs from workers that have died or lost the database."""
+        for job_id in self._database.read(jobs.without_lease, CHUNK):
+            transition = self._database.run(
+                jobs.rescue, job_id, backoff_seconds=self._settings.retry_backoff_seconds
+            )
+            if transition is not None:
+                log.warning("lease ran out", job=job_id, status=transition.job.status)
+                self._courier.deliver_all([transition])
+
+    def cancel_batch_items(self) -> None:
+        """End the pending items of batches that are being cancelled."""
+        self._each(self._database.read(batches.pending_of_cancelled, CHUNK), jobs.cancel)
+
+    def fill_windows(self) -> None:
+        """Let the next items of each batch into the broker."""
+        self._database.run(batches.fill_windows, self._settings.batch_window)
+
+    def publish_jobs(self) -> None:
+        """Publish queued jobs that are due, and again those that the broker seems to have lost."""
+        due = self._database.run(
+            dispatch.reserve_due,
+            limit=CHUNK,
+            republish_seconds=self._settings.republish_seconds,
+        )
+        if not due:
+            return
+        try:
+            if any(job.publishes > 1 for job in due):
+                due = self._without_those_in_the_broker(due)
+            self._courier.broker.publish_jobs([QueuedJob(job.id, job.lane) for job in due])
+        except Unavailable:
+            self._database.run(
+                dispatch.publish_again_now,
+                [job.id for job in due],
+                seconds=self._settings.maintenance_seconds,
+            )
+            raise
+        if len(due) == CHUNK:
+            self.wake()
+
+    def _without_those_in_the_broker(self, due: list[dispatch.DueJob]) -> list[dispatch.DueJob]:
+        """Leave out repeats in lanes whose queue is as long as the database says it must be:
+        there a job merely waits for its turn, and a repeat would only make the queue longer."""
+        expected = self._database.read(dispatch.in_broker)
+        complete = {
+            lane
+            for lane in {job.lane for job in due if job.publishes > 1}
+            if self._courier.broker.depth(lane) >= expected.get(lane, 0)
+        }
+        return [job for job in due if job.publishes == 1 or job.lane not in complete]
+
+    def publish_events(self) -> None:
+        """Publish result events whose process could not."""
+        entries = self._database.run(outbox.reserve, CHUNK)
+        if entries:
+            self._courier.publish_events(entries)
+
+    def _each(self, job_ids: Iterable[str], transition: Callable[..., Transition | None]) -> None:
+        for job_id in job_ids:
+            done = self._database.run(transition, job_id)
+            if done is not None:
+                self._courier.deliver_all([done])
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            self._woken.clear()
+            self.round()
+            self._stopping.wait(SHORTEST_PAUSE)
+            self._woken.wait(self._settings.maintenance_seconds)

@@ -1,0 +1,186 @@
+"""The runs of one worker: leases that are renewed, and the ways a run is stopped from outside.
+
+A run is stopped because its job was cancelled, because its lease was lost (then it must write
+nothing more), or because the worker shuts down (then its job is handed back).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import redis
+import structlog
+
+from models import jobs
+from models.database import Database
+from models.outcomes import Claim
+from visq.errors import Unavailable
+from visq.settings import Settings
+from visq.streams import CANCEL_CHANNEL, WORKER_PREFIX, WorkerInfo
+from worker.engine import Handle
+
+log = structlog.get_logger(__name__)
+
+StopReason = Literal["cancelled", "lost", "shutdown"]
+
+
+class Run:
+    """One attempt of one job in this worker. Thread-safe."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self._lock = threading.Lock()
+        self._handle: Handle | None = None
+        self._stop_reason: StopReason | None = None
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        return self._stop_reason
+
+    def stop(self, reason: StopReason) -> None:
+        """Stop the run; a lost lease outranks the other reasons."""
+        with self._lock:
+            if self._stop_reason is None or reason == "lost":
+                self._stop_reason = reason
+            handle = self._handle
+        if handle is not None:
+            handle.cancel()
+
+    def attach(self, handle: Handle) -> None:
+        """The run is in the engine now; a stop that came before takes effect at once."""
+        with self._lock:
+            self._handle = handle
+            stopped = self._stop_reason is not None
+        if stopped:
+            handle.cancel()
+
+
+class Runs:
+    """All runs of this worker, and the two threads that watch over them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        client: redis.Redis,
+        describe: Callable[[int], WorkerInfo],
+    ) -> None:
+        """:param describe: what to announce, given the number of jobs in flight."""
+        self._settings = settings
+        self._database = database
+        self._redis = client
+        self._describe = describe
+        self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._shutting_down = False
+        self._threads = [
+            threading.Thread(target=self._beat, name="heartbeat", daemon=True),
+            threading.Thread(target=self._listen, name="cancel", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    @contextmanager
+    def holding(self, claim: Claim) -> Iterator[Run]:
+        """A run whose lease is renewed until the block ends."""
+        run = Run(claim)
+        with self._lock:
+            self._runs[claim.job_id] = run
+            if self._shutting_down:
+                run.stop("shutdown")
+        try:
+            yield run
+        finally:
+            with self._lock:
+                if self._runs.get(claim.job_id) is run:
+                    del self._runs[claim.job_id]
+
+    def hand_back_all(self) -> None:
+        """The worker's grace is over: every run, and every later one, hands its job back."""
+        with self._lock:
+            self._shutting_down = True
+            runs = list(self._runs.values())
+        if runs:
+            log.warning("handing back the running jobs", jobs=len(runs))
+        for run in runs:
+            run.stop("shutdown")
+
+    def close(self) -> None:
+        """End the threads and take back the announcement."""
+        self._closing.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        try:
+            self._redis.delete(WORKER_PREFIX + self._describe(0).id)
+        except redis.RedisError:
+            log.info("announcement left to its time-out")
+
+    def heartbeat(self) -> None:
+        """Renew all leases; stop the runs whose jobs were cancelled or lost; announce the worker.
+
+        :raises Unavailable: the database does not answer.
+        """
+        with self._lock:
+            runs = dict(self._runs)
+        self._announce(len(runs))
+        if not runs:
+            return
+        renewed = self._database.run(
+            jobs.renew,
+            [run.claim for run in runs.values()],
+            lease_seconds=self._settings.lease_seconds,
+        )
+        alive = {each.claim.job_id for each in renewed}
+        for each in renewed:
+            if each.cancel_requested:
+                runs[each.claim.job_id].stop("cancelled")
+        with self._lock:
+            # A run that ended meanwhile is not lost, it is just no longer there.
+            lost = [run for id_, run in runs.items() if id_ not in alive and id_ in self._runs]
+        for run in lost:
+            run.stop("lost")
+
+    def _announce(self, in_flight: int) -> None:
+        info = self._describe(in_flight)
+        ttl = max(1, round(3 * self._settings.heartbeat_seconds))
+        try:
+            self._redis.set(WORKER_PREFIX + info.id, info.model_dump_json(), ex=ttl)
+        except redis.RedisError as error:
+            log.warning("worker not announced", error=str(error))
+
+    def _beat(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self.heartbeat()
+            except Unavailable as error:
+                log.warning("leases not renewed", error=str(error))
+            except Exception:
+                log.exception("heartbeat failed")
+            self._closing.wait(self._settings.heartbeat_seconds)
+
+    def _listen(self) -> None:
+        """Stop runs at once when the API says so; without Redis the heartbeat does it later."""
+        while not self._closing.is_set():
+            try:
+                with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+                    channel.subscribe(CANCEL_CHANNEL)
+                    while not self._closing.is_set():
+                        note = channel.get_message(timeout=1.0)
+                        if note is not None:
+                            self._cancel(note["data"].decode())
+            except redis.RedisError as error:
+                log.warning("not listening for cancels", error=str(error))
+                self._closing.wait(1.0)
+
+    def _cancel(self, job_id: str) -> None:
+        with self._lock:
+            run = self._runs.get(job_id)
+        if run is not None:
+            run.stop("cancelled")
