@@ -14,8 +14,8 @@ from typing import Final
 
 import structlog
 
-from models.outcomes import QueuedJob, Transition
 from models.outbox import OutboxEntry
+from models.outcomes import QueuedJob, Transition
 from visq.types import JobStatus
 from worker.queue import Courier
 

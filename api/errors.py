@@ -11,11 +11,12 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from visq.errors import InvalidRequest, Unauthorized, Unavailable, VisqError
 from visq.types import ErrorBody
@@ -35,8 +36,9 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def install(app: FastAPI) -> None:
-    """Register the handlers."""
+def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Register the handlers; `routers` are all routers of `app`."""
+    app.state.routers = routers
     app.add_exception_handler(VisqError, _on_visq_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -87,17 +89,19 @@ def invalid(problems: Sequence[Problem], data: object) -> InvalidRequest:
 def _path(problem: Problem, data: Any) -> list[str]:
     """The place of a problem in `data`; pydantic's path also names the branches of unions."""
     path: list[str] = []
-    for step in problem["loc"]:
-        leads_on = step in data if isinstance(data, dict) else _is_index(step, data)
-        if leads_on:
+    steps = problem["loc"]
+    for number, step in enumerate(steps, start=1):
+        if _leads_on(step, data):
             data = data[step]
-        elif not isinstance(data, dict) or problem["type"] != "missing":
-            continue  # the name of a union's branch
-        path.append(str(step))
+            path.append(str(step))
+        elif problem["type"] == "missing" and number == len(steps):
+            path.append(str(step))
     return path
 
 
-def _is_index(step: object, data: object) -> bool:
+def _leads_on(step: object, data: object) -> bool:
+    if isinstance(data, dict):
+        return step in data
     return isinstance(data, list) and isinstance(step, int) and step < len(data)
 
 
@@ -136,14 +140,24 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     return await _on_visq_error(request, invalid(problems, names))
 
 
-async def _on_http_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     """The router found no route, or not this method."""
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of the first route only
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
     code, message = {
         404: ("not_found", "there is no such path; `/docs` lists all of them"),
         405: ("method_not_allowed", "this path does not take this method; see `Allow`"),
     }.get(error.status_code, ("invalid_request", HTTPStatus(error.status_code).phrase))
-    return _answer(error.status_code, code, message, headers=error.headers)
+    return _answer(error.status_code, code, message, headers=headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """The methods that the path of this request takes."""
+    routes = [route for router in request.app.state.routers for route in router.routes]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in matching for method in route.methods}
 
 
 async def _on_unexpected_error(_request: Request, _error: Exception) -> JSONResponse:

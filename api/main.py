@@ -33,9 +33,10 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
-    errors.install(app)
-    for resource in (jobs, sessions, batches, images, models, health):
-        app.include_router(resource.router)
+    routers = [each.router for each in (jobs, sessions, batches, images, models, health)]
+    for router in routers:
+        app.include_router(router)
+    errors.install(app, routers)
     openapi.install(app, sessions.Fork, errors.ErrorResponse)
     return app
 

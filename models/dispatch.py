@@ -76,4 +76,4 @@ def in_broker(session: Session) -> dict[Lane, int]:
         .where(Job.status == JobStatus.QUEUED, Job.publishes > 0)
         .group_by(Job.lane)
     )
-    return dict(rows.tuples().all())
+    return dict(rows.all())

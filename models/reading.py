@@ -15,7 +15,7 @@ from visq.types import JobStatus, Lane, WaitingFor
 def ensure_tenants(session: Session, names: Sequence[str]) -> dict[str, str]:
     """Name -> id of the tenants, created where missing."""
     known = dict(
-        session.execute(select(Tenant.name, Tenant.id).where(Tenant.name.in_(names))).tuples()
+        session.execute(select(Tenant.name, Tenant.id).where(Tenant.name.in_(names))).all()
     )
     for name in names:
         if name not in known:

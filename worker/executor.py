@@ -110,8 +110,8 @@ class Executor:
                     return _stopped(run, "cancelled")
                 stream.begin()
                 answer = self._ask(work, run, [*history, *turn], images, stream)
-        except VisqError as error:
-            return self._failed(error)
+        except VisqError as refusal:
+            return self._failed(refusal)
         except Exception:
             log.exception("run failed", job=work.claim.job_id)
             return self._failed(VisqError("visq failed at this job; the worker's log says why"))

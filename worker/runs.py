@@ -20,7 +20,7 @@ from models.outcomes import Claim
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.streams import CANCEL_CHANNEL, WORKER_PREFIX, WorkerInfo
-from worker.engine import Handle
+from worker.engine.face import Handle
 
 log = structlog.get_logger(__name__)
 
@@ -169,7 +169,7 @@ class Runs:
         """Stop runs at once when the API says so; without Redis the heartbeat does it later."""
         while not self._closing.is_set():
             try:
-                with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+                with self._redis.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
                     channel.subscribe(CANCEL_CHANNEL)
                     while not self._closing.is_set():
                         note = channel.get_message(timeout=1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import httpx2
@@ -11,6 +10,7 @@ import pytest
 from tests.api.conftest import settings_for
 from tests.api.running import PlayedWorker, RunningApi, Sent, events_of
 from tests.api.test_jobs import submit
+from tests.waiting import until
 from visq.streams import events_key, notify_channel
 
 
@@ -170,8 +170,6 @@ def test_a_reader_that_leaves_is_forgotten(client: httpx2.Client, worker: Played
     def readers() -> int:
         return int(worker.courier.redis.pubsub_numsub(channel)[0][1])
 
-    from tests.waiting import until
-
     with client.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
         assert next(events_of(response)).event == "attempt"
         until(lambda: readers() == 1, 10, "the subscription")
@@ -202,10 +200,8 @@ def test_another_api_process_goes_on_with_the_stream(
         reading = events_of(response)
         first = [next(reading), next(reading)]
     with other_process.client(secret) as elsewhere:
-        ready = threading.Event()
         url = f"/v1/jobs/{job['id']}/events"
         with elsewhere.stream("GET", url, headers={"Last-Event-ID": first[-1].id}) as response:
-            ready.set()
             worker.say(claim, "ee.")
             worker.succeed(claim, "Three.")
             rest = list(events_of(response))

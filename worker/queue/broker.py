@@ -80,7 +80,7 @@ class Broker:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
 
     def close(self) -> None:
-        self._producers.force_close_all()
+        self._producers.force_close_all()  # type: ignore[attr-defined]  # in kombu's Resource
         self._results.release()
         self._app.close()
 

@@ -1,0 +1,94 @@
+"""Tenants see only their own rows; both faces of the database run the same functions."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from migrations import run as migrations
+from models import jobs, reading
+from models.database import AsyncDatabase, Database
+from models.tables import Job
+from tests.models.conftest import World
+from visq.errors import ConfigurationError, NotFound, Unavailable
+
+
+async def test_every_orm_statement_of_a_tenant_is_scoped_to_it(
+    world: World, database_url: str
+) -> None:
+    job = world.submit()
+    other = world.database.run(reading.ensure_tenants, ["other"])["other"]
+    database = AsyncDatabase(database_url)
+
+    def touch(session: Session) -> list[int]:
+        changed = session.execute(update(Job).values(meta={"seen": "yes"}))
+        removed = session.execute(delete(Job))
+        counted = session.scalar(select(func.count()).select_from(Job))
+        columns = session.execute(select(Job.id)).all()
+        return [changed.rowcount, removed.rowcount, counted or 0, len(columns)]  # type: ignore[attr-defined]
+
+    mine, foreign = database.for_tenant(world.tenant_id), database.for_tenant(other)
+    assert await foreign.run(touch) == [0, 0, 0, 0]
+    with pytest.raises(NotFound):
+        await foreign.run(jobs.cancel, job.id)
+    assert (await mine.read(jobs.get, job.id)).id == job.id
+    assert (await database.read(jobs.get, job.id)).meta == {}
+    await database.close()
+
+
+async def test_an_error_rolls_the_whole_transaction_back(world: World, database_url: str) -> None:
+    job = world.submit()
+
+    def cancel_then_fail(session: Session) -> None:
+        jobs.cancel(session, job.id)
+        raise RuntimeError("after the cancel")
+
+    with pytest.raises(RuntimeError):
+        world.database.run(cancel_then_fail)
+    database = AsyncDatabase(database_url)
+    with pytest.raises(RuntimeError):
+        await database.run(cancel_then_fail)
+    await database.close()
+    assert world.job(job.id).status == "queued"
+
+
+def test_reading_does_not_wait_for_a_writer(world: World, database_url: str) -> None:
+    job = world.submit()
+    reader = Database(database_url)
+
+    def read_beside(session: Session) -> str:
+        jobs.cancel(session, job.id)
+        return reader.read(jobs.get, job.id).status
+
+    assert world.database.run(read_beside) == "queued"
+    reader.close()
+
+
+def test_a_read_only_transaction_on_sqlite_refuses_to_upgrade_silently(sqlite_url: str) -> None:
+    migrations.upgrade(sqlite_url)
+    database, writer = Database(sqlite_url), Database(sqlite_url)
+
+    def write_late(session: Session) -> None:
+        session.execute(select(Job.id)).all()
+        writer.run(reading.ensure_tenants, ["between"])
+        reading.ensure_tenants(session, ["late"])
+
+    with pytest.raises(OperationalError, match="locked"):
+        database.read(write_late)
+    database.close()
+    writer.close()
+
+
+def test_a_database_that_does_not_answer_is_unavailable() -> None:
+    database = Database("postgresql://nobody@127.0.0.1:1/none")
+    with pytest.raises(Unavailable):
+        database.ping()
+    database.close()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://localhost/x"])
+def test_a_database_that_visq_cannot_use_is_refused_with_a_reason(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="VISQ_DATABASE_URL"):
+        Database(url)
