@@ -59,6 +59,7 @@ def consume(
     topics: str | Sequence[str] = (),
     prefetch: int = 16,
     stop: threading.Event | None = None,
+    on_ready: Callable[[], object] = lambda: None,
     redeliver_after: float = 60.0,
     max_pause: float = 30.0,
     remember: int = 10_000,
@@ -78,6 +79,10 @@ def consume(
         ``acme.chat.*`` or ``acme.*.failed`` (``<tenant>.<kind>.<status>``; ``*`` is one word,
         ``#`` any number). The queue is durable: it collects while nobody consumes, too.
     :param prefetch: messages that may wait here, those that failed and are held back included.
+    :param stop: set it, also from a signal handler, and `consume` returns within a second or so,
+        after the handler.
+    :param on_ready: is called when the queue is there and results are awaited, after each
+        connection.
     :param redeliver_after: on Redis, seconds after which the message of a dead consumer goes to
         another (RabbitMQ notices a death at once). A handler may take longer.
     :param max_pause: longest pause, in seconds, before a failed message is given back.
@@ -92,6 +97,7 @@ def consume(
         patterns,
         prefetch=prefetch,
         stop=stop or threading.Event(),
+        on_ready=on_ready,
         redeliver_after=redeliver_after,
         max_pause=max_pause,
         remember=remember,
@@ -110,6 +116,7 @@ class _Consumer:
         *,
         prefetch: int,
         stop: threading.Event,
+        on_ready: Callable[[], object],
         redeliver_after: float,
         max_pause: float,
         remember: int,
@@ -120,6 +127,7 @@ class _Consumer:
         self._patterns = patterns
         self._prefetch = prefetch
         self._stop = stop
+        self._on_ready = on_ready
         self._redeliver_after = redeliver_after
         self._max_pause = max_pause
         self._handled = _Recent(remember)
@@ -163,6 +171,7 @@ class _Consumer:
             ),
         ):
             log.info("consuming %s", self._name)
+            self._on_ready()
             while not self._stop.is_set():
                 with suppress(TimeoutError):
                     connection.drain_events(timeout=self._give_back(held, time.monotonic()))

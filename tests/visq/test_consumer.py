@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 import threading
@@ -29,43 +28,32 @@ SOON = 30.0
 @contextmanager
 def consuming(
     broker_url: str, queue: str, handler: Callable[[Event], object], **options: Any
-) -> Iterator[None]:
-    """Run `consume` in a thread; entered when its queue is there."""
+) -> Iterator[threading.Semaphore]:
+    """Run `consume` in a thread; entered when its queue is there.
+
+    Gives a semaphore that is released when it is connected again.
+    """
     stop = threading.Event()
+    connected = threading.Semaphore(0)
     options = {"topics": "acme.#", "max_pause": 0.1, "redeliver_after": 2.0} | options
-    with consumes_from(queue) as ready:
-        thread = threading.Thread(
-            target=consume,
-            args=(queue, handler),
-            kwargs={"broker_url": broker_url, "stop": stop, **options},
-        )
-        thread.start()
-        assert ready.wait(SOON)
+    thread = threading.Thread(
+        target=consume,
+        args=(queue, handler),
+        kwargs={
+            "broker_url": broker_url,
+            "stop": stop,
+            "on_ready": connected.release,
+            **options,
+        },
+    )
+    thread.start()
+    assert connected.acquire(timeout=SOON)
     try:
-        yield
+        yield connected
     finally:
         stop.set()
         thread.join(SOON)
         assert not thread.is_alive(), "consume() did not stop"
-
-
-@contextmanager
-def consumes_from(queue: str) -> Iterator[threading.Event]:
-    """An event that is set when a consumer of this process says that it consumes `queue`."""
-    ready = threading.Event()
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.getMessage() == f"consuming {queue}":
-                ready.set()
-
-    logger, listener = logging.getLogger("visq.consumer"), Listener()
-    logger.setLevel(logging.INFO)
-    logger.addHandler(listener)
-    try:
-        yield ready
-    finally:
-        logger.removeHandler(listener)
 
 
 def depth(broker_url: str, queue: str) -> int:
@@ -276,14 +264,13 @@ def test_a_consumer_goes_on_after_a_restart_of_the_broker(
         seen.append(event.id)
         restarted.wait(60)
 
-    with consuming(url, "restarted", handler):
+    with consuming(url, "restarted", handler) as connected:
         with publisher(url) as broker:
             broker.publish_result(before)
             until(lambda: seen, SOON, "the first event")
         own_broker.restart()
-        with consumes_from("restarted") as ready:
-            restarted.set()  # the handler returns, and its acknowledgement is lost
-            assert ready.wait(60)
+        restarted.set()  # the handler returns, and its acknowledgement is lost
+        assert connected.acquire(timeout=60)
         with publisher(url) as broker:
             broker.publish_result(after)
             until(lambda: after["id"] in seen, SOON, "the event after the restart")

@@ -46,5 +46,5 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with Valkey(tmp_path / "a") as first:
         second = Valkey(tmp_path / "b")
         second.command = [*second.command, "--port", str(first.port)]
-        with pytest.raises(Unavailable, match="Address already in use|bind"):
+        with pytest.raises(Unavailable, match="Address already in use"):
             second.start()

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from visq.cli.console import console, load_settings
+from visq.errors import ConfigurationError, Unavailable
 
 Data = Annotated[
     Path | None,
@@ -59,9 +60,14 @@ def migrate(
     """Bring the database's tables up to date."""
     settings = load_settings()
     _mount("api", "alembic")
+    from sqlalchemy.exc import OperationalError
+
     from migrations.run import current, upgrade
 
-    upgrade(settings.database, revision)
+    try:
+        upgrade(settings.database, revision)
+    except OperationalError as error:
+        raise Unavailable(f"the database does not answer: {error.orig}") from error
     console.print(f"database at revision {current(settings.database)}")
 
 
@@ -88,7 +94,6 @@ def _mount(extra: str, needed: str) -> None:
     from importlib.util import find_spec
 
     from visq import rooms
-    from visq.errors import ConfigurationError
 
     if find_spec(needed) is None:
         raise ConfigurationError(f"this command needs the extra: pip install 'visq[{extra}]'")

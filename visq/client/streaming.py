@@ -64,7 +64,9 @@ class TextStream:
         if job.status is not JobStatus.SUCCEEDED:
             return ""
         self._text = result_of(job).text
-        return "" if self._text == self._shown else self._new_text(complete=True)
+        if self._text.rstrip() == self._shown.rstrip():
+            return ""
+        return self._new_text(complete=True)
 
     def _new_text(self, complete: bool = False) -> str:
         if self._shown.startswith(self._text) and not complete:

@@ -134,7 +134,7 @@ class Stack:
         _migrate(folder, environment)
         api = self._add(
             "the API", folder, "api", environment, is_ready=self._api_answers,
-            start_seconds=API_START_SECONDS, stop_seconds=10,
+            start_seconds=API_START_SECONDS, stop_seconds=20,
         )  # fmt: skip
         with redis.Redis.from_url(self.settings.redis) as client:
             before = frozenset(client.scan_iter(match=f"{WORKER_PREFIX}*"))

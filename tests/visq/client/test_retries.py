@@ -9,7 +9,6 @@ import pytest
 
 from tests.api.running import PlayedWorker
 from tests.visq.client.faulty import Close, Cut, FaultyServer, LoseAnswer, Reply
-from tests.waiting import until
 from visq import Client, errors
 from visq.client.flows import RetryPolicy, retry_after
 
@@ -159,11 +158,10 @@ def test_the_stream_of_a_job_without_an_answer_raises(client: Client, worker: Pl
         list(job.stream())
 
 
-def test_a_wait_outlives_an_outage(
-    client: Client, faulty: FaultyServer, worker: PlayedWorker
-) -> None:
-    job = client.jobs.submit("How many?")
-    faulty.faults = [Close(), Close(), Close(), Close(), Close()]  # more than `max_retries`
-    worker.answer(job.id)
-    assert job.wait(timeout=50).status == "succeeded"
-    until(lambda: not faulty.faults, 1, "all faults to be met")
+def test_a_wait_outlives_an_outage(faulty: FaultyServer, secret: str, worker: PlayedWorker) -> None:
+    with Client(faulty.url, secret, max_retries=1) as client:
+        job = client.jobs.submit("How many?")
+        faulty.faults = [Close(), Close(), Close()]  # more than `max_retries`
+        worker.answer(job.id)
+        assert job.wait(timeout=50).status == "succeeded"
+    assert not faulty.faults

@@ -1,0 +1,219 @@
+"""The engine in a process of its own: it owns CUDA and the model, and its death is survived.
+
+If the process dies, every request in it fails with `EngineCrashed`, which is retryable, and a new
+process is started. Requests that come while it loads wait for it; if it cannot load again, they
+fail as well, and further starts are tried with growing pauses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from visq.errors import ConfigurationError, EngineCrashed
+from worker.engine import child
+from worker.engine.config import EngineConfig
+from worker.engine.face import EngineInfo, EngineRequest, Failed, Handle, Stopped, TokenEvent
+from worker.engine.wire import Cancel, Happened, LoadFailed, Ready, Submit, ToEngine
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE: Final = 30.0
+"""Seconds between two starts of a process that does not come up."""
+
+
+@dataclass(eq=False, slots=True)
+class _Open:
+    """A request that has no outcome yet."""
+
+    request: EngineRequest
+    handle: Handle
+    submitted: float
+    sent: bool = False
+
+
+class ProcessEngine:
+    """An `Engine` over a spawned process (`worker.engine.face` says what its methods promise)."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Start the process and wait until the model is loaded.
+
+        :raises ConfigurationError: if the model cannot be loaded.
+        """
+        self._config = config
+        self._lock = threading.Lock()
+        self._open: dict[int, _Open] = {}
+        self._numbers = itertools.count()
+        self._connection: Connection[ToEngine, Any] | None = None
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._gave_up = False
+        self._closing = threading.Event()
+        self._started = threading.Event()
+        self._info: EngineInfo | None = None
+        self._failure: str | None = None
+        # The kernel ties a child to the thread that starts it: this one lives as long as we do.
+        self._keeper = threading.Thread(target=self._keep, name="visq-engine", daemon=True)
+        self._keeper.start()
+        self._started.wait()
+        if self._info is None:
+            raise ConfigurationError(self._failure or "the engine process did not start")
+
+    @property
+    def info(self) -> EngineInfo:
+        assert self._info is not None
+        return self._info
+
+    @property
+    def alive(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs at present."""
+        return None if self._process is None else self._process.pid
+
+    def submit(self, request: EngineRequest) -> Handle:
+        number = next(self._numbers)
+        handle = Handle(lambda: self._cancel(number))
+        with self._lock:
+            if self._gave_up or self._closing.is_set():
+                handle.publish(Failed(EngineCrashed("the engine is down; try again later")))
+                return handle
+            self._open[number] = _Open(request, handle, time.monotonic())
+            self._send(number)
+        return handle
+
+    def close(self) -> None:
+        self._closing.set()
+        with self._lock:
+            process, self._connection = self._process, None
+        if process is not None:
+            process.kill()
+        if threading.current_thread() is not self._keeper:
+            self._keeper.join()
+
+    def _cancel(self, number: int) -> None:
+        with self._lock:
+            waiting = self._open.get(number)
+            if waiting is not None and not waiting.sent:
+                del self._open[number]
+                waiting.handle.publish(Stopped("cancelled"))
+            elif waiting is not None and self._connection is not None:
+                self._tell(Cancel(number))
+
+    def _send(self, number: int) -> None:
+        """Send a request with what is left of its time, if the process is up (lock held)."""
+        waiting = self._open[number]
+        if self._connection is None:
+            return
+        request, deadline = waiting.request, waiting.request.deadline_seconds
+        if deadline is not None:
+            left = deadline - (time.monotonic() - waiting.submitted)
+            request = replace(request, deadline_seconds=max(left, 0.0))
+        waiting.sent = True
+        self._tell(Submit(number, request))
+
+    def _tell(self, message: ToEngine) -> None:
+        assert self._connection is not None
+        # If the process has just died, the keeper is about to see it and fails what was sent.
+        with suppress(OSError):
+            self._connection.send(message)
+
+    def _keep(self) -> None:
+        """Start the process again and again, and hand out what it says."""
+        pause = 0.0
+        while not self._closing.wait(pause):
+            connection = self._start()
+            ready = self._hear(connection)
+            if isinstance(ready, Ready):
+                pause = 0.0
+                self._serve(connection, ready)
+                if not self._closing.is_set():
+                    logger.error("the engine process ended; starting it again")
+            else:
+                reason = ready.message if isinstance(ready, LoadFailed) else "it died while loading"
+                if self._info is None:
+                    self._failure = f"the model cannot be loaded: {reason}"
+                    self._closing.set()
+                else:
+                    pause = min(LONGEST_PAUSE, 2 * pause + 1)
+                    logger.error("the engine did not come up again: %s", reason)
+                with self._lock:
+                    self._gave_up = True
+                    self._fail_open(sent_only=False)
+            connection.close()
+            if self._process is not None:
+                self._process.kill()
+                self._process.join()
+            self._started.set()
+        with self._lock:
+            self._fail_open(sent_only=False)
+
+    def _serve(self, connection: Connection[ToEngine, Any], ready: Ready) -> None:
+        """Hand out events until the process ends."""
+        with self._lock:
+            self._info = ready.info
+            self._gave_up = False
+            if not self._closing.is_set():
+                self._connection = connection
+            for number in list(self._open):
+                self._send(number)
+        self._started.set()
+        while isinstance(message := self._hear(connection), Happened):
+            with self._lock:
+                request = self._open.get(message.number)
+                if request is not None and not isinstance(message.event, TokenEvent):
+                    del self._open[message.number]
+            if request is not None:
+                request.handle.publish(message.event)
+        with self._lock:
+            self._connection = None
+            self._fail_open(sent_only=True)
+
+    def _fail_open(self, *, sent_only: bool) -> None:
+        """Fail the requests that were in the process, or all (lock held)."""
+        for number, request in list(self._open.items()):
+            if request.sent or not sent_only:
+                del self._open[number]
+                request.handle.publish(
+                    Failed(EngineCrashed("the engine process died while it had this request"))
+                )
+
+    def _start(self) -> Connection[ToEngine, Any]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=child.main,
+            args=(theirs, self._config, os.getpid()),
+            name="visq-engine",
+            daemon=False,  # the engine may have children of its own
+        )
+        # Blocked at birth: the child ignores them, but not before it runs its first line.
+        signals = {signal.SIGINT, signal.SIGTERM}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        with self._lock:
+            self._process = process
+        if self._closing.is_set():
+            process.kill()
+        return ours
+
+    def _hear(self, connection: Connection[Any, Any]) -> object:
+        """The next message; ``None`` once the process has ended."""
+        try:
+            return connection.recv()
+        except (EOFError, OSError):
+            return None
