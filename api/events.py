@@ -45,6 +45,17 @@ PAGE: Final = 500
 FROM_THE_ROW: Final = "end"
 """Id of an end that did not come from the stream."""
 
+EVENT_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"enum": ["attempt", "token", "end"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["id", "event", "data"],
+}
+"""One event, for the OpenAPI."""
+
 _STREAM_ID = re.compile(r"\d{1,19}-\d{1,19}")
 
 

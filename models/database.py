@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_criteria
@@ -145,6 +146,8 @@ def _typed_outage() -> Iterator[None]:
     """A lost connection becomes ``Unavailable``; every other database error is a bug and passes."""
     try:
         yield
+    except PoolTimeoutError as error:
+        raise Unavailable("all connections to the database are in use; try again") from error
     except DBAPIError as error:
         if error.connection_invalidated or _cannot_connect(error):
             raise Unavailable("the database does not answer; try again") from error

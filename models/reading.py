@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from sqlalchemy import Select, func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Tenant
@@ -13,16 +15,13 @@ from visq.types import JobStatus, Lane, WaitingFor
 
 
 def ensure_tenants(session: Session, names: Sequence[str]) -> dict[str, str]:
-    """Name -> id of the tenants, created where missing."""
-    known = dict(
-        session.execute(select(Tenant.name, Tenant.id).where(Tenant.name.in_(names))).all()
-    )
+    """Name -> id of the tenants, created where missing; two processes may start at once."""
     for name in names:
-        if name not in known:
-            known[name] = new_id("ten")
-            session.add(Tenant(id=known[name], name=name))
-    session.flush()
-    return known
+        if session.scalar(select(Tenant.id).where(Tenant.name == name)) is None:
+            with suppress(IntegrityError), session.begin_nested():
+                session.add(Tenant(id=new_id("ten"), name=name))
+    rows = session.execute(select(Tenant.name, Tenant.id).where(Tenant.name.in_(names)))
+    return dict(rows.all())
 
 
 def list_jobs(

@@ -96,6 +96,7 @@ def _create_job(
     )
     session.add(job)
     session.flush()
+    session.refresh(job)  # times that the database computed
     record(session, job, None, "submitted")
     return job
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from api import examples, openapi
 from api.auth import Me, authenticated
 from api.errors import documented
-from api.events import EventStream, JobEvents
+from api.events import EVENT_SCHEMA, EventStream, JobEvents
 from api.fields import (
     MAX_WAIT_SECONDS,
     IdempotencyKey,
@@ -202,9 +202,7 @@ async def get_history(me: Me, job_id: JobId) -> Page[JobEventView]:
             "description": "The events. `attempt`: a run begins, discard all text so far. `token`: "
             "append `text`. `end`: the job as `GET /v1/jobs/{job_id}` shows it; nothing follows. "
             "Comments keep the connection alive. A job that has ended replays.",
-            "content": {
-                "text/event-stream": {"schema": {"type": "string"}, "example": examples.EVENTS}
-            },
+            "content": {"text/event-stream": {"schema": EVENT_SCHEMA, "example": examples.EVENTS}},
         },
         204: {"description": "`Last-Event-ID` is of the end: there is nothing to follow."},
         **documented(NotFound),

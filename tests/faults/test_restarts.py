@@ -4,6 +4,7 @@ faults comes with a later issue; these are those that the first version must hol
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,7 @@ def own_valkey(servers_dir: Path, tmp_path: Path) -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def deployment(
-    tmp_path: Path, own_valkey: Valkey, database_url: str
-) -> Iterator[Deployment]:
+def deployment(tmp_path: Path, own_valkey: Valkey, database_url: str) -> Iterator[Deployment]:
     settings = {
         "database_url": database_url,
         "redis_url": own_valkey.url,
@@ -66,7 +65,7 @@ class Results:
         with Connection(self._url) as connection:
             queue = self._queue(connection.default_channel)
             while (message := queue.get()) is not None:
-                events.append(Event.model_validate_json(message.body))
+                events.append(Event.model_validate_json(message.body or ""))
                 message.ack()
         return events
 
@@ -172,7 +171,7 @@ def test_three_turns_submitted_at_once_run_in_order_on_two_workers(
 
     assert [view.status for view in views] == [S.SUCCEEDED] * 3
     assert [view.turn for view in views] == [1, 2, 3]
-    for earlier, later in zip(views, views[1:], strict=False):
+    for earlier, later in pairwise(views):
         assert earlier.finished_at is not None
         assert later.started_at is not None
         assert earlier.finished_at <= later.started_at
@@ -226,4 +225,4 @@ def test_results_and_streams_are_in_redis_after_the_end(
     assert "".join(pieces) == view.result.text
     with redis.Redis.from_url(own_valkey.url) as store:
         until(lambda: store.exists(f"visq:job:{job.id}"), 10, "the result value")
-        assert 0 < store.ttl(f"visq:job:{job.id}") <= 86_400  # type: ignore[operator]
+        assert 0 < store.ttl(f"visq:job:{job.id}") <= 86_400

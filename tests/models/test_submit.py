@@ -6,10 +6,17 @@ import threading
 
 import pytest
 
+from models.views import job_view
 from tests.models.conftest import World
 from visq.errors import IdempotencyConflict, NotFound
 from visq.ids import new_id
 from visq.types import JobRequest
+
+
+def test_a_new_job_can_be_shown_after_its_transaction(world: World) -> None:
+    view = job_view(world.submit(expires_in=60))
+    assert view.expires_at is not None
+    assert view.expires_at > view.created_at
 
 
 def test_a_repeat_of_the_key_returns_the_first_job(world: World) -> None:

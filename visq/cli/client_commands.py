@@ -109,8 +109,8 @@ def jobs(
 ) -> None:
     """List jobs, newest first."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("job", "status", "kind", "lane", "attempt", "created", "answer"):
-        table.add_column(column, no_wrap=column != "answer")
+    for column, width in (("job", 36), ("status", 9), ("created", 14), ("answer", 1)):
+        table.add_column(column, no_wrap=True, min_width=width)
     with connected(url, data) as client:
         found = client.jobs.list(status=status, session_id=session, batch_id=batch, lane=lane)
         for job in islice(found, limit):
@@ -121,11 +121,8 @@ def jobs(
             table.add_row(
                 job.id,
                 coloured(job.status),
-                job.kind,
-                job.lane,
-                str(job.attempt),
-                f"{job.created_at:%Y-%m-%d %H:%M:%S}",
-                escape(answer[:80]),
+                f"{job.created_at:%m-%d %H:%M:%S}",
+                escape(answer),
             )
     if not as_json:
         console.print(table)

@@ -15,7 +15,7 @@ from visq.errors import ConfigurationError, VisqError
 app = typer.Typer(
     help="Vision-language models behind a message queue.",
     no_args_is_help=True,
-    pretty_exceptions_show_locals=False,  # they may hold keys
+    pretty_exceptions_enable=False,  # a plain traceback suits a server's log
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 server_commands.register(app)

@@ -1,10 +1,10 @@
-"""The commands that run visq: ``up``, ``api``, ``worker``, ``migrate``, ``config``."""
+"""The commands that run visq: ``up``, ``api``, ``worker``, ``migrate``, ``health``, ``config``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -19,7 +19,7 @@ Data = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, api, worker, migrate, config):
+    for command in (up, api, worker, migrate, health, config):
         app.command(rich_help_panel="Servers")(command)
 
 
@@ -51,7 +51,7 @@ def worker() -> None:
     _mount("worker", "torch")
     from worker.main import run
 
-    run(settings)
+    raise typer.Exit(run(settings))
 
 
 def migrate(
@@ -69,6 +69,15 @@ def migrate(
     except OperationalError as error:
         raise Unavailable(f"the database does not answer: {error.orig}") from error
     console.print(f"database at revision {current(settings.database)}")
+
+
+def health(
+    part: Annotated[Literal["api", "worker"], typer.Argument(help="Which one.")] = "api",
+) -> None:
+    """Say whether the API or the worker of this machine is ready; exit status 1 if it is not."""
+    from visq.cli.health import check
+
+    console.print(check(part, load_settings()))
 
 
 def config(

@@ -35,7 +35,8 @@ class DataFolder:
     def __enter__(self) -> DataFolder:
         """:raises ConfigurationError: if another stack runs on it, or it cannot be written."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
             # Not inheritable (PEP 446): a child that lives on must not hold the lock.
             self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:

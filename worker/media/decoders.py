@@ -86,6 +86,7 @@ class _Decoder:
         self._limits = limits
         self._lock = threading.Lock()  # between the thread that uses it and the one that closes it
         self._closed = False
+        self._started = False
         self._start()
 
     @property

@@ -1,10 +1,10 @@
 """Keeps the Celery 5.7.0 worker alive when Redis goes away while a message is unacknowledged.
 
 On a lost connection Celery 5.7.0 closes the broken channel, whose clean-up asks for a client that
-is gone already; the AttributeError ends the process (seen on every pool; 5.6.3 lives). The same
-error comes from acknowledging a message of a dead channel. Delete this module, its call in
-`worker.main` and its test (tests/worker/test_broker_guard.py) when a released Celery passes that
-test without it.
+is gone already; the AttributeError ends the process (seen on prefork and threads pools, though
+not at every restart; 5.6.3 lives). The same error comes from acknowledging a message of a dead
+channel. Delete this module, its call in `worker.main` and its test
+(tests/worker/test_broker_guard.py) when upstream has mended it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+"""The demo's flow on the servers of production, by settings alone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.deployment import Deployment
+from tests.servers import S3Endpoint
+from visq.cli.demo import run_flow
+from visq.objects import open_store
+from visq.settings import Settings
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_flow_on_postgresql_s3_and_each_broker(
+    tmp_path: Path,
+    postgres_url: str,
+    s3: S3Endpoint,
+    redis_url: str,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {
+        "database_url": postgres_url,
+        "redis_url": redis_url,
+        "broker_url": broker_url,
+        "object_store": "s3",
+    }
+    s3_settings = {f"s3_{name}": value for name, value in s3_access(s3).items()}
+    with Deployment(tmp_path / "visq", settings | s3_settings) as deployment:
+        deployment.start_worker()
+        for name, value in deployment.environment.items():
+            if name.startswith("VISQ_"):
+                monkeypatch.setenv(name, value)
+        printed = Console(file=io.StringIO(), width=120)
+        in_effect = Settings()
+        store = open_store(in_effect)
+        with deployment.client() as client:
+            report = run_flow(client, store, in_effect, printed)
+        store.close()
+        assert report.missing == 0
+        assert report.worked, printed.file.getvalue()  # type: ignore[attr-defined]
+
+
+def s3_access(s3: S3Endpoint) -> dict[str, str]:
+    return {
+        "endpoint_url": s3.url,
+        "region": "us-east-1",
+        "access_key_id": s3.environment["AWS_ACCESS_KEY_ID"],
+        "secret_access_key": s3.environment["AWS_SECRET_ACCESS_KEY"],
+    }
