@@ -9,10 +9,10 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from visq.errors import Unavailable
-from visq.streams import WORKER_PREFIX, WorkerInfo
+from visq.streams import WORKERS_KEY, WorkerInfo, worker_key
 
 FRESH_SECONDS: Final = 2.0
-"""How long a look at Redis is good: it goes through all keys."""
+"""How long a look at Redis is good."""
 
 
 class Workers:
@@ -41,6 +41,6 @@ class Workers:
             return True
 
     async def _look(self) -> list[WorkerInfo]:
-        keys = [key async for key in self._redis.scan_iter(f"{WORKER_PREFIX}*", count=1000)]
-        values = await self._redis.mget(keys) if keys else []
+        ids = await self._redis.smembers(WORKERS_KEY)
+        values = await self._redis.mget([worker_key(id_.decode()) for id_ in ids]) if ids else []
         return [WorkerInfo.model_validate_json(value) for value in values if value is not None]

@@ -19,7 +19,7 @@ import redis
 from tests.waiting import until
 from visq import Client
 from visq.embedded.processes import end, free_port, start_tethered
-from visq.streams import WORKER_PREFIX, WorkerInfo
+from visq.streams import WorkerInfo, live_workers
 
 API_KEY = "secret-of-acme"
 
@@ -127,8 +127,7 @@ class Deployment:
     def announced(self) -> list[WorkerInfo]:
         """The workers that live, as far as Redis knows."""
         with redis.Redis.from_url(self.redis_url) as client:
-            values = [client.get(key) for key in client.scan_iter(match=f"{WORKER_PREFIX}*")]
-        return [WorkerInfo.model_validate_json(value) for value in values if value]
+            return live_workers(client)
 
     def _start(self, command: str, log: Path) -> subprocess.Popen[bytes]:
         return start_tethered(

@@ -8,6 +8,7 @@ key                      type      content
 ``visq:notify:<id>``     channel   a note that the stream has a new entry
 ``visq:cancel``          channel   ids of running jobs that were asked to stop
 ``visq:worker:<id>``     string    a live worker (`WorkerInfo`), with a TTL of some heartbeats
+``visq:workers``         set       ids of workers, of dead ones too until somebody looks
 ======================== ========= ===========================================================
 
 A stream is a convenience, never the truth: after a loss of Redis, readers fall back to the job row.
@@ -23,7 +24,7 @@ import redis
 from pydantic import BaseModel
 
 CANCEL_CHANNEL: Final = "visq:cancel"
-WORKER_PREFIX: Final = "visq:worker:"
+WORKERS_KEY: Final = "visq:workers"
 MAX_ENTRIES: Final = 20_000
 """Cap of one stream, so that a runaway answer cannot fill Redis."""
 
@@ -70,6 +71,34 @@ class WorkerInfo(BaseModel):
     dtype: str
     concurrency: int
     in_flight: int
+
+
+def worker_key(worker_id: str) -> str:
+    return f"visq:worker:{worker_id}"
+
+
+def announce_worker(client: redis.Redis, info: WorkerInfo, *, ttl_seconds: int) -> None:
+    """Say that a worker lives, for the next `ttl_seconds`."""
+    with client.pipeline() as pipe:
+        pipe.set(worker_key(info.id), info.model_dump_json(), ex=ttl_seconds)
+        pipe.sadd(WORKERS_KEY, info.id)
+        pipe.execute()
+
+
+def withdraw_worker(client: redis.Redis, worker_id: str) -> None:
+    """Say that a worker has ended."""
+    client.delete(worker_key(worker_id))
+    client.srem(WORKERS_KEY, worker_id)
+
+
+def live_workers(client: redis.Redis) -> list[WorkerInfo]:
+    """The workers that live; forgets the dead ones on the way."""
+    ids = [cast("bytes", id_).decode() for id_ in client.smembers(WORKERS_KEY)]
+    values = client.mget([worker_key(id_) for id_ in ids]) if ids else []
+    dead = [id_ for id_, value in zip(ids, values, strict=True) if value is None]
+    if dead:
+        client.srem(WORKERS_KEY, *dead)
+    return [WorkerInfo.model_validate_json(value) for value in values if value is not None]
 
 
 class EventWriter:

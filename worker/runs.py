@@ -19,7 +19,7 @@ from models.database import Database
 from models.outcomes import Claim
 from visq.errors import Unavailable
 from visq.settings import Settings
-from visq.streams import CANCEL_CHANNEL, WORKER_PREFIX, WorkerInfo
+from visq.streams import CANCEL_CHANNEL, WorkerInfo, announce_worker, withdraw_worker
 from worker.engine.face import Handle
 
 log = structlog.get_logger(__name__)
@@ -118,7 +118,7 @@ class Runs:
             if thread.is_alive():
                 thread.join()
         try:
-            self._redis.delete(WORKER_PREFIX + self._describe(0).id)
+            withdraw_worker(self._redis, self._describe(0).id)
         except redis.RedisError:
             log.info("announcement left to its time-out")
 
@@ -151,7 +151,7 @@ class Runs:
         info = self._describe(in_flight)
         ttl = max(1, round(3 * self._settings.heartbeat_seconds))
         try:
-            self._redis.set(WORKER_PREFIX + info.id, info.model_dump_json(), ex=ttl)
+            announce_worker(self._redis, info, ttl_seconds=ttl)
         except redis.RedisError as error:
             log.warning("worker not announced", error=str(error))
 

@@ -19,7 +19,7 @@ from tests.waiting import until
 from visq import types
 from visq.errors import EngineCrashed, EngineError
 from visq.settings import Settings
-from visq.streams import WORKER_PREFIX, WorkerInfo
+from visq.streams import WorkerInfo, announce_worker, withdraw_worker
 from visq.types import JobResult, Usage
 from worker.queue import Courier
 
@@ -78,10 +78,10 @@ class PlayedWorker:
             concurrency=4,
             in_flight=0,
         )
-        self.courier.redis.set(f"{WORKER_PREFIX}{worker_id}", info.model_dump_json(), ex=60)
+        announce_worker(self.courier.redis, info, ttl_seconds=60)
 
     def leave(self, worker_id: str = "w1") -> None:
-        self.courier.redis.delete(f"{WORKER_PREFIX}{worker_id}")
+        withdraw_worker(self.courier.redis, worker_id)
 
     def claim(self, job_id: str, *, lease_seconds: float = 300) -> Claim:
         work = self.database.run(jobs.claim, job_id, worker="w1", lease_seconds=lease_seconds)

@@ -104,9 +104,7 @@ def measure(
 
     def groups() -> Iterator[Group]:
         for seed, kind in zip(range(FIRST_SEED, FIRST_SEED + pictures), kinds(), strict=False):
-            drawn = sample(
-                seed, kind, held_out=True, usual_phrasing=usual_phrasing, questions=12
-            )
+            drawn = sample(seed, kind, held_out=True, usual_phrasing=usual_phrasing, questions=12)
             yield packer.group(drawn, None)
 
     waiting = list(groups())
@@ -174,7 +172,9 @@ def main() -> None:
         numeric = all(text.isdigit() for text in a.truths) and skill != "read number"
         near = f"{100 * a.near / a.asked:.0f} %" if numeric else ""
         row = (100 * a.right / a.asked, 100 * b.right / b.asked, 100 * a.guess)
-        print(f"| {skill} | {row[0]:.0f} % | {row[1]:.0f} % | {near} | {row[2]:.0f} % | {a.asked} |")
+        print(
+            f"| {skill} | {row[0]:.0f} % | {row[1]:.0f} % | {near} | {row[2]:.0f} % | {a.asked} |"
+        )
         figures[skill] = {"held_out": row[0], "usual": row[1], "guess": row[2], "n": a.asked}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")

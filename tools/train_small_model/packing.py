@@ -133,7 +133,9 @@ class Packer:
             branches.append(Branch(tokens, learnt))
         return Group([pixels(i) for i in drawn.images], list(self.encode(prefix)), branches)
 
-    def batch(self, seed: int, number: int, most: int, weights: Mapping[str, float] | None) -> Batch:
+    def batch(
+        self, seed: int, number: int, most: int, weights: Mapping[str, float] | None
+    ) -> Batch:
         """One training batch: new samples until the rows or the places for pictures are full."""
 
         def groups() -> Iterator[Group]:

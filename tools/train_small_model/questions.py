@@ -165,7 +165,9 @@ def exists(ask: Asker, pic: Picture) -> Turn | None:
         near = ask.rng.choice(pic.things)
         name, hue = ask.rng.choice(SHAPES), ask.rng.choice(list(COLOURS))
         half = ask.rng.random()
-        name, hue = (near.name, hue) if half < 0.4 else (name, near.colour) if half < 0.8 else (name, hue)
+        name, hue = (
+            (near.name, hue) if half < 0.4 else (name, near.colour) if half < 0.8 else (name, hue)
+        )
         if f"{hue} {name}" not in there:
             return ask("exists", "no", colour=hue, name=name)
     return None

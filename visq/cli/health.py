@@ -10,7 +10,7 @@ import redis
 
 from visq.errors import Unavailable
 from visq.settings import Settings
-from visq.streams import WORKER_PREFIX
+from visq.streams import live_workers
 
 TIMEOUT_SECONDS = 5
 
@@ -42,11 +42,11 @@ def _worker(settings: Settings) -> str:
         settings.redis, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
     )
     try:
-        found = next(client.scan_iter(match=f"{WORKER_PREFIX}{host}:*", count=1000), None)
+        found = any(worker.id.startswith(f"{host}:") for worker in live_workers(client))
     except redis.RedisError as error:
         raise Unavailable(f"Redis does not answer: {error}") from error
     finally:
         client.close()
-    if found is None:
+    if not found:
         raise Unavailable(f"no worker of {host} has announced itself")
     return f"a worker of {host} is ready"

@@ -28,7 +28,7 @@ from visq.embedded.service import Service
 from visq.embedded.valkey import Valkey
 from visq.errors import ConfigurationError, Unavailable
 from visq.settings import Settings
-from visq.streams import WORKER_PREFIX, WorkerInfo
+from visq.streams import WorkerInfo, live_workers
 
 TENANT: Final = "local"
 """The tenant of the key that the data folder keeps."""
@@ -137,7 +137,7 @@ class Stack:
             start_seconds=API_START_SECONDS, stop_seconds=20,
         )  # fmt: skip
         with redis.Redis.from_url(self.settings.redis) as client:
-            before = frozenset(client.scan_iter(match=f"{WORKER_PREFIX}*"))
+            before = frozenset(worker.id for worker in live_workers(client))
             worker = self._add(
                 "the worker", folder, "worker", environment,
                 is_ready=lambda: self._worker_announced(client, before),
@@ -196,13 +196,11 @@ class Stack:
         except httpx2.HTTPError:
             return False
 
-    def _worker_announced(self, client: redis.Redis, before: frozenset[bytes]) -> bool:
+    def _worker_announced(self, client: redis.Redis, before: frozenset[str]) -> bool:
         """Whether a worker that was not there `before` is: workers have an id for each start."""
-        for key in client.scan_iter(match=f"{WORKER_PREFIX}*"):
-            if key not in before and (said := client.get(key)):
-                self.worker = WorkerInfo.model_validate_json(said)
-                return True
-        return False
+        new = [worker for worker in live_workers(client) if worker.id not in before]
+        self.worker = new[0] if new else None
+        return bool(new)
 
     def _supervise(self) -> None:
         while not self._stop_asked.wait(0.2):
