@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Final
+from typing import Final, cast
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -42,5 +42,6 @@ class Workers:
 
     async def _look(self) -> list[WorkerInfo]:
         ids = await self._redis.smembers(WORKERS_KEY)
-        values = await self._redis.mget([worker_key(id_.decode()) for id_ in ids]) if ids else []
+        keys = [worker_key(id_.decode()) for id_ in cast("set[bytes]", ids)]
+        values = await self._redis.mget(keys) if keys else []
         return [WorkerInfo.model_validate_json(value) for value in values if value is not None]

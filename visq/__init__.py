@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from visq.client import AsyncClient, Client
-    from visq.consumer import consume
+    from visq.consumer import Event, consume
     from visq.errors import VisqError
     from visq.settings import Settings
 
 __version__: Final = "0.1.0"
 
-__all__ = ["AsyncClient", "Client", "Settings", "VisqError", "consume"]
+__all__ = ["AsyncClient", "Client", "Event", "Settings", "VisqError", "consume"]
 
 _HOMES: Final = {
     "AsyncClient": "visq.client",
     "Client": "visq.client",
+    "Event": "visq.consumer",
     "Settings": "visq.settings",
     "VisqError": "visq.errors",
     "consume": "visq.consumer",

@@ -1,8 +1,9 @@
-"""Where the server rooms (`api`, `models`, `worker`, `migrations`) are, and how they get importable.
+"""Where the server rooms (`api`, `models`, `worker`, `migrations`) are; how to import them.
 
-In a checkout they are top-level packages beside `visq`. In the wheel they lie in ``visq/_rooms``, so
-that ``pip install visq`` puts nothing but `visq` into site-packages
-(docs/decisions/001-packaging.md). A server command, or `visq.pipeline`, mounts them first.
+In a checkout they are top-level packages beside `visq`. In the wheel they lie in ``visq/_rooms``,
+so that ``pip install visq`` puts nothing but `visq` into site-packages
+(docs/decisions/001-packaging.md). A server command mounts them first; so does code of `visq` that
+runs the engine in somebody else's program.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ same picture.  What may be asked about a picture is in ``questions.py``; ``sampl
     sample(seed)  ->  Sample(images, talks)       e.g. a 256x256 picture of five shapes, and
                                                   ten conversations about it, each with its skill
 
-Icons come from the pip package ``fontawesomefree`` (training only); without it, icon pictures
+The model sees a picture as 4 x 4 tokens.  No token's part of the picture holds the middle of more
+than one thing, so that nothing is lost where eyes and tongue meet.  Icons come from the pip package ``fontawesomefree`` (training only); without it, icon pictures
 cannot be drawn and every other kind still can.
 """
 
@@ -19,7 +20,17 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .vocabulary import BACKGROUNDS, COLOURS, HELD_OUT_WORDS, ICONS, PLACES, SHAPES, WORDS
+from .vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    DIGITS,
+    HELD_OUT_WORDS,
+    ICONS,
+    LETTERS,
+    PLACES,
+    SHAPES,
+    WORDS,
+)
 
 Colour = tuple[int, int, int]
 CANVAS_SIZES = (128, 160, 192, 256, 320)
@@ -31,7 +42,7 @@ DEJAVU = Path("/usr/share/fonts/truetype/dejavu")
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape, icon or piece of text; places and sizes are fractions of the picture's side."""
+    """One shape, icon, letter or digit; places and sizes are fractions of the picture's side."""
 
     name: str
     colour: str
@@ -53,15 +64,16 @@ class Thing:
     def placed_clearly(self) -> bool:
         """False where a person could argue about ``place``."""
         edges = (1 / 3, 2 / 3)
-        return all(abs(v - edge) > 0.04 for v in (self.x, self.y) for edge in edges)
+        return all(abs(v - edge) > 0.025 for v in (self.x, self.y) for edge in edges)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a chart; its value is a whole number from 1 to 10."""
+    """One bar of a chart; its value is a whole number from 1 to 8, its foot is at ``x``."""
 
     colour: str
     value: int
+    x: float
 
 
 @dataclass
@@ -72,7 +84,7 @@ class Picture:
     image: Image.Image
     things: list[Thing] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
-    known_word: bool = True
+    text: str = ""
 
 
 def _third(v: float) -> int:
@@ -136,34 +148,64 @@ def _canvas(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
     return image, ImageDraw.Draw(image), side
 
 
-RADII = {1: (0.10, 0.36), 2: (0.09, 0.22), 3: (0.08, 0.19), 4: (0.075, 0.16), 5: (0.07, 0.15)}
+CELLS = 4
+"""Image tokens in a row of the picture, and in a column."""
+
+Spot = tuple[float, float, float]
+"""Middle and radius."""
 
 
-def _places(rng: random.Random, n: int) -> list[tuple[float, float, float]]:
-    """``n`` middles and radii that do not touch, found by trying."""
-    low, high = RADII.get(n, (0.065, 0.125))
-    while True:
-        found: list[tuple[float, float, float]] = []
-        for _ in range(40 * n):
-            r = rng.uniform(low, high)
-            x, y = rng.uniform(r + 0.01, 0.99 - r), rng.uniform(r + 0.01, 0.99 - r)
-            if all(math.hypot(x - a, y - b) > r + c + 0.015 for a, b, c in found):
-                found.append((x, y, r))
-                if len(found) == n:
-                    return found
+def _cell_spot(rng: random.Random, cell: int, across: int, r: float) -> Spot:
+    """A place for something of radius ``r`` inside one of ``across * across`` cells."""
+    room = max(0.0, 0.5 / across - r - 0.005)
+    row, column = divmod(cell, across)
+    x = (column + 0.5) / across + rng.uniform(-room, room)
+    return x, (row + 0.5) / across + rng.uniform(-room, room), r
+
+
+def _radii(rng: random.Random, n: int, low: float, high: float) -> list[float]:
+    """Sizes of ``n`` things: of any kind, or with one that stands out as large or as small."""
+    span = high - low
+    kind = rng.random()
+    if n == 1 or kind < 0.4:
+        return [rng.uniform(low, high) for _ in range(n)]
+    if kind < 0.7:
+        sizes = [rng.uniform(low, low + 0.4 * span) for _ in range(n)]
+        sizes[0] = rng.uniform(high - 0.15 * span, high)
+    else:
+        sizes = [rng.uniform(low + 0.6 * span, high) for _ in range(n)]
+        sizes[0] = rng.uniform(low, low + 0.15 * span)
+    return sizes
+
+
+def _spots(rng: random.Random, n: int) -> list[Spot]:
+    """``n`` places in different cells of a grid of 4 x 4; few things may stand on a coarser one."""
+    if n == 1 and rng.random() < 0.4:
+        r = rng.uniform(0.09, 0.34)
+        return [(rng.uniform(r + 0.01, 0.99 - r), rng.uniform(r + 0.01, 0.99 - r), r)]
+    across, low, high = CELLS, 0.062, 0.118
+    if n <= 4 and rng.random() < 0.35:
+        across, low, high = 2, 0.09, 0.22
+    elif rng.random() < 0.15:
+        across, low, high = 3, 0.065, 0.15
+    cells = rng.sample(range(across * across), n)
+    return [
+        _cell_spot(rng, cell, across, r)
+        for cell, r in zip(cells, _radii(rng, n, low, high), strict=True)
+    ]
 
 
 def draw_shapes(rng: random.Random, most: int = 9) -> Picture:
     """One to nine shapes; a third of the pictures keep to few names and colours."""
     n = rng.randint(1, most)
     names, colours = list(SHAPES), list(COLOURS)
-    if n > 2 and rng.random() < 0.5:
+    if n > 2 and rng.random() < 0.35:
         names = rng.sample(names, 2)
     if n > 2 and rng.random() < 0.35:
         colours = rng.sample(colours, 2)
     image, draw, side = _canvas(rng)
     things = []
-    for x, y, r in _places(rng, n):
+    for x, y, r in _spots(rng, n):
         thing = Thing(rng.choice(names), rng.choice(colours), x, y, r)
         draw_shape(draw, thing, side, _tint(rng, thing.colour))
         things.append(thing)
@@ -181,55 +223,10 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=1)
 def _font_names() -> tuple[str, ...]:
-    """Pillow's own font twice, and four faces of DejaVu where the machine has them."""
-    faces = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono-Bold")
+    """Pillow's own font, and two faces of DejaVu where the machine has them."""
+    faces = ("DejaVuSans", "DejaVuSans-Bold")
     here = tuple(str(DEJAVU / f"{face}.ttf") for face in faces if (DEJAVU / f"{face}.ttf").exists())
-    return ("default", "default", *here)
-
-
-def _write(
-    draw: ImageDraw.ImageDraw, rng: random.Random, side: int, thing: Thing, width: float
-) -> Thing:
-    """Write ``thing.name`` about ``width`` wide, in any case; returns where it came to stand."""
-    text = rng.choice((thing.name, thing.name.upper(), thing.name.capitalize()))
-    face = rng.choice(_font_names())
-    probe = _font(face, 40).getlength(text)
-    size = int(min(40 * width * side / probe, 0.42 * side))
-    font = _font(face, max(size - size % 4, 8))
-    left, top, right, bottom = font.getbbox(text)
-    half_w, half_h = (right - left) / 2 / side, (bottom - top) / 2 / side
-    x = min(max(thing.x, half_w + 0.03), 0.97 - half_w)
-    y = min(max(thing.y, half_h + 0.03), 0.97 - half_h)
-    origin = (x * side - (left + right) / 2, y * side - (top + bottom) / 2)
-    draw.text(origin, text, font=font, fill=_tint(rng, thing.colour))
-    return Thing(thing.name, thing.colour, x, y, half_h)
-
-
-def _random_word(rng: random.Random) -> str:
-    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(1, 5)))
-
-
-def draw_word(rng: random.Random, held_out: bool = False) -> Picture:
-    """One printed word: a known one, or (a fifth of them) letters that make no word."""
-    image, draw, side = _canvas(rng)
-    known = held_out or rng.random() < 0.8
-    word = rng.choice(WORDS) if known else _random_word(rng)
-    if held_out and rng.random() < 0.2:
-        word, known = rng.choice(HELD_OUT_WORDS), False
-    thing = Thing(word, rng.choice(list(COLOURS)), 0.5, rng.uniform(0.2, 0.8), 0.1)
-    width = min(0.9, rng.uniform(0.14, 0.24) * max(len(word), 2))
-    return Picture("word", image, [_write(draw, rng, side, thing, width)], known_word=known)
-
-
-def draw_number(rng: random.Random) -> Picture:
-    """One printed number of one to four digits."""
-    image, draw, side = _canvas(rng)
-    digits = rng.choice((1, 1, 2, 2, 3, 3, 4))
-    number = str(rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
-    x, y = rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.75)
-    thing = Thing(number, rng.choice(list(COLOURS)), x, y, 0.1)
-    width = rng.uniform(0.16, 0.24) * digits
-    return Picture("number", image, [_write(draw, rng, side, thing, width)])
+    return ("default", *here)
 
 
 @lru_cache(maxsize=1)
@@ -242,56 +239,114 @@ def icon_font() -> str | None:
     return str(next(root.rglob("fa-solid-900.ttf")))
 
 
-def draw_icons(rng: random.Random, most: int = 3) -> Picture:
-    """One to three icons."""
-    font_file = icon_font()
-    if font_file is None:
-        raise RuntimeError("icon pictures need the package fontawesomefree")
+def draw_glyph(
+    draw: ImageDraw.ImageDraw, thing: Thing, side: int, fill: Colour, face: str
+) -> None:
+    """Draw an icon, or a letter (as a capital) or digit in the given face, around its middle."""
+    if thing.name in ICONS:
+        icons = icon_font()
+        if icons is None:
+            raise RuntimeError("icon pictures need the package fontawesomefree")
+        font, text = _font(icons, max(8, int(1.7 * thing.r * side))), chr(ICONS[thing.name])
+    else:
+        font, text = _font(face, max(8, int(2.4 * thing.r * side))), thing.name.upper()
+    left, top, right, bottom = font.getbbox(text)
+    origin = (thing.x * side - (left + right) / 2, thing.y * side - (top + bottom) / 2)
+    draw.text(origin, text, font=font, fill=fill)
+
+
+def _draw_text(rng: random.Random, kind: str, text: str) -> Picture:
+    """Up to four characters in a line, each in a cell of its own."""
     image, draw, side = _canvas(rng)
-    n = rng.choice((1, 1, 2, 2, 3)[: 2 * most])
-    names = rng.sample(list(ICONS), n)
-    colours = rng.sample(list(COLOURS), n)
+    start = CELLS * rng.randrange(CELLS) + rng.randint(0, CELLS - len(text))
+    colour, face = rng.choice(list(COLOURS)), rng.choice(_font_names())
+    fill, r = _tint(rng, colour), rng.uniform(0.078, 0.092)
+    down = rng.uniform(-0.02, 0.02)
     things = []
-    for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        r = rng.uniform(0.16, 0.34) if n == 1 else rng.uniform(0.13, 0.2) if n == 2 else 0.14
-        x = (i + 0.5) / n + rng.uniform(-0.04, 0.04) if n > 1 else rng.uniform(r + 0.05, 0.95 - r)
-        y = rng.uniform(r + 0.05, 0.95 - r)
-        font = _font(font_file, int(1.6 * r * side) // 4 * 4)
-        glyph = chr(ICONS[name])
-        left, top, right, bottom = font.getbbox(glyph)
-        origin = (x * side - (left + right) / 2, y * side - (top + bottom) / 2)
-        draw.text(origin, glyph, font=font, fill=_tint(rng, colour))
-        things.append(Thing(name, colour, x, y, r))
+    for i, character in enumerate(text):
+        row, column = divmod(start + i, CELLS)
+        x, y = (column + 0.5) / CELLS + rng.uniform(-0.012, 0.012), (row + 0.5) / CELLS + down
+        thing = Thing(character, colour, x, y, r)
+        draw_glyph(draw, thing, side, fill, face)
+        things.append(thing)
+    return Picture(kind, image, things, text=text)
+
+
+def draw_word(rng: random.Random, held_out: bool = False) -> Picture:
+    """One printed word; in training often mere letters, and never a word that is held out."""
+    if held_out:
+        return _draw_text(rng, "word", rng.choice(HELD_OUT_WORDS))
+    text = rng.choice(WORDS)
+    while rng.random() < 0.6 or text in HELD_OUT_WORDS:
+        text = "".join(rng.choice(LETTERS) for _ in range(rng.randint(1, CELLS)))
+    return _draw_text(rng, "word", text)
+
+
+def draw_number(rng: random.Random) -> Picture:
+    """One printed number of one to four digits."""
+    digits = rng.randint(1, CELLS)
+    number = rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+    return _draw_text(rng, "number", str(number))
+
+
+def draw_icons(rng: random.Random) -> Picture:
+    """One to four icons of different names."""
+    image, draw, side = _canvas(rng)
+    n = rng.randint(1, 4)
+    across, low, high = rng.choice(((2, 0.1, 0.2), (CELLS, 0.085, 0.115)))
+    things = []
+    cells, names = rng.sample(range(across * across), n), rng.sample(list(ICONS), n)
+    for cell, name in zip(cells, names, strict=True):
+        x, y, r = _cell_spot(rng, cell, across, rng.uniform(low, high))
+        thing = Thing(name, rng.choice(list(COLOURS)), x, y, r)
+        draw_glyph(draw, thing, side, _tint(rng, thing.colour), "default")
+        things.append(thing)
     return Picture("icons", image, things)
 
 
-def draw_bars(rng: random.Random) -> Picture:
-    """A chart of two to five bars of values 1 to 10, with an axis marked 0, 5 and 10."""
+def draw_mix(rng: random.Random) -> Picture:
+    """A picture full of shapes, icons, letters and digits: nothing but food for the eyes."""
     image, draw, side = _canvas(rng)
-    n = rng.randint(2, 5)
-    bars = [
-        Bar(colour, value)
-        for colour, value in zip(
-            rng.sample(list(COLOURS), n), rng.sample(range(1, 11), n), strict=True
-        )
-    ]
-    left, bottom, top = 0.16 * side, 0.92 * side, 0.08 * side
-    unit = (bottom - top) / 10
-    grid, ink = (205, 205, 205), (60, 60, 60)
-    for tick in range(0, 11, 5 if rng.random() < 0.5 else 1):
-        height = bottom - tick * unit
-        draw.line((left, height, 0.97 * side, height), fill=grid)
-    for tick in (0, 5, 10):
-        label = _font("default", max(9, side // 12))
-        draw.text((left - 3, bottom - tick * unit), str(tick), font=label, fill=ink, anchor="rm")
-    draw.line((left, top, left, bottom), fill=ink, width=max(1, side // 128))
-    draw.line((left, bottom, 0.97 * side, bottom), fill=ink, width=max(1, side // 128))
-    step = (0.97 * side - left) / n
-    fat = step * rng.uniform(0.5, 0.8)
-    for i, bar in enumerate(bars):
-        x = left + (i + 0.5) * step
-        box = (x - fat / 2, bottom - bar.value * unit, x + fat / 2, bottom)
-        draw.rectangle(box, fill=_tint(rng, bar.colour))
+    names = [SHAPES, LETTERS, DIGITS, *([list(ICONS)] if icon_font() else [])]
+    things = []
+    for cell in range(CELLS * CELLS):
+        if rng.random() < 0.3:
+            continue
+        name = rng.choice(rng.choice(names))
+        high = 0.118 if name in SHAPES else 0.105 if name in ICONS else 0.094
+        x, y, r = _cell_spot(rng, cell, CELLS, rng.uniform(0.065, high))
+        thing = Thing(name, rng.choice(list(COLOURS)), x, y, r)
+        if name in SHAPES:
+            draw_shape(draw, thing, side, _tint(rng, thing.colour))
+        else:
+            face = rng.choice(_font_names())
+            draw_glyph(draw, thing, side, _tint(rng, thing.colour), face)
+        things.append(thing)
+    return Picture("mix", image, things)
+
+
+BAR_UNIT = 0.11
+"""Height of one unit of a chart; there is a thin line at each."""
+
+
+def draw_bars(rng: random.Random) -> Picture:
+    """A chart of two to four bars of values 1 to 8 over thin lines, one a unit."""
+    image, draw, side = _canvas(rng)
+    n = rng.randint(2, CELLS)
+    first, foot = rng.randint(0, CELLS - n), 0.96
+    for unit in range(1, 9):
+        height = (foot - unit * BAR_UNIT) * side
+        draw.line((0, height, side, height), fill=(205, 205, 205))
+    colours, values = rng.sample(list(COLOURS), n), rng.sample(range(1, 9), n)
+    half = rng.uniform(0.06, 0.105)
+    bars = []
+    for i, (colour, value) in enumerate(zip(colours, values, strict=True)):
+        x = (first + i + 0.5) / CELLS
+        top = foot - value * BAR_UNIT
+        box = ((x - half) * side, top * side, (x + half) * side, foot * side)
+        draw.rectangle(box, fill=_tint(rng, colour))
+        bars.append(Bar(colour, value, x))
+    draw.line((0, foot * side, side, foot * side), fill=(60, 60, 60), width=max(1, side // 128))
     return Picture("bars", image, bars=bars)
 
 

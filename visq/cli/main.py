@@ -1,4 +1,4 @@
-"""``visq``: the servers (`server_commands.py`) and the client (`client_commands.py`)."""
+"""``visq``: the servers (`server_commands.py`), the client (`client_commands.py`) and the demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from visq import __version__
-from visq.cli import server_commands
+from visq.cli import client_commands, demo, server_commands
 from visq.cli.console import console, errors
 from visq.errors import ConfigurationError, VisqError
 
@@ -18,7 +18,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a plain traceback suits a server's log
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-server_commands.register(app)
+client_commands.register(app)
+for commands in (client_commands, demo, server_commands):
+    commands.register(app)
+demo.register(app)
 
 
 def _show_version(value: bool) -> None:
@@ -44,5 +47,5 @@ def main() -> None:
     try:
         app()
     except VisqError as error:
-        errors.print(f"[bold red]error[/] {escape(error.message)}", soft_wrap=True)
+        errors.print(f"[bold red]error[/] ({error.code}): {escape(error.message)}", soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)
