@@ -15,7 +15,9 @@ from fastapi import FastAPI
 from api import errors, openapi
 from api.routes import batches, health, images, jobs, models, sessions
 from api.services import Services, ensure_tenants, open_services
+from models import revision
 from models.database import Database
+from visq import logs
 from visq.errors import ConfigurationError
 from visq.settings import Settings
 
@@ -47,6 +49,7 @@ def serve(settings: Settings) -> None:
     :raises ConfigurationError: there are no keys, or the database has no tables.
     :raises Unavailable: the database does not answer.
     """
+    logs.configure(settings)
     check_keys(settings)
     _check_database(settings)
     make_server(settings).run()
@@ -68,6 +71,7 @@ def _check_database(settings: Settings) -> None:
     # Also done when the application starts; but what fails there, the server reports as a trace.
     database = Database(settings.database)
     try:
+        database.read(revision.check)
         ensure_tenants(database, settings)
     finally:
         database.close()

@@ -15,6 +15,7 @@ from redis.backoff import ConstantBackoff
 from sqlalchemy.exc import DBAPIError
 
 from api.delivery import Delivery
+from api.keys import Keys
 from api.watch import Watch
 from api.workers import Workers
 from models import reading
@@ -34,6 +35,7 @@ class Services:
 
     settings: Settings
     database: AsyncDatabase
+    keys: Keys
     tenants: dict[str, str]
     """Name -> id."""
     redis: redis.asyncio.Redis
@@ -67,6 +69,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
         yield Services(
             settings=settings,
             database=database,
+            keys=Keys(settings.tenants),
             tenants=tenants,
             redis=client,
             store=store,

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from models import revision
 from models.database import Database
+from visq import logs
 from visq.objects import open_store
 from visq.settings import Settings
 from visq.streams import WorkerInfo
@@ -36,6 +37,8 @@ def run(settings: Settings) -> int:
 
     :raises ConfigurationError: the database has no tables, or the model cannot be loaded.
     """
+    logs.configure(settings)
+    signals.setup_logging.connect(_keep_our_logging, weak=False)
     console = Console(stderr=True)
     broker_guard.install()
     with ExitStack() as stack:
@@ -121,3 +124,7 @@ def serve(app: Celery, settings: Settings, executor: Executor, runs: Runs) -> in
     worker.start()
     grace.cancel()
     return int(worker.exitcode or 0)
+
+
+def _keep_our_logging(**_: object) -> None:
+    """Celery sets logging up anew at its start unless somebody listens to this signal."""

@@ -15,7 +15,7 @@ from tests.api.running import PlayedWorker, RunningApi
 from tests.servers import Valkey
 from visq.settings import Settings
 
-TENANTS: Final = 400
+TENANTS: Final = 1500
 
 _numbers = itertools.count()
 
@@ -57,7 +57,9 @@ def worker(api: RunningApi) -> Iterator[PlayedWorker]:
 
 def fresh_secret() -> str:
     """The key of a tenant that no test has used."""
-    return f"secret-{next(_numbers)}"
+    number = next(_numbers)
+    assert number < TENANTS, "more tests than tenants"
+    return f"secret-{number}"
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,21 @@ def s3_access(s3: S3Endpoint) -> dict[str, str]:
         "access_key_id": s3.environment["AWS_ACCESS_KEY_ID"],
         "secret_access_key": s3.environment["AWS_SECRET_ACCESS_KEY"],
     }
+
+
+@pytest.mark.timeout(300)
+def test_visq_demo_ends_with_status_0(tmp_path: Path) -> None:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("VISQ_")},
+        "VISQ_ENGINE_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "visq", "demo", "--data", str(tmp_path / "data")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "26 of 26 results came through the queue" in done.stdout

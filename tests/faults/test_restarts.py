@@ -25,6 +25,9 @@ SHORT = {"max_new_tokens": 8}
 
 pytestmark = pytest.mark.timeout(300)
 
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For faults that the kind of database has no part in."""
+
 
 @pytest.fixture
 def own_valkey(servers_dir: Path, tmp_path: Path) -> Iterator[Valkey]:
@@ -147,6 +150,7 @@ def test_sigterm_with_a_short_grace_hands_running_jobs_back_without_losing_an_at
         assert not any("lease" in (event.reason or "") for event in job.history())
 
 
+@on_sqlite
 def test_sigterm_with_enough_grace_finishes_the_running_job(
     deployment: Deployment, client: Client
 ) -> None:
@@ -178,6 +182,7 @@ def test_three_turns_submitted_at_once_run_in_order_on_two_workers(
     assert [message.turn for message in session.messages()] == [1, 1, 2, 2, 3, 3]
 
 
+@on_sqlite
 def test_cancelling_a_running_job_frees_the_worker_at_once(
     deployment: Deployment, client: Client
 ) -> None:
@@ -189,6 +194,7 @@ def test_cancelling_a_running_job_frees_the_worker_at_once(
     assert client.jobs.submit(prompt="next", gen_config=SHORT).wait(60).status is S.SUCCEEDED
 
 
+@on_sqlite
 def test_a_broker_that_is_away_at_submit_delays_the_job_only(
     deployment: Deployment, client: Client, own_valkey: Valkey
 ) -> None:
@@ -199,6 +205,7 @@ def test_a_broker_that_is_away_at_submit_delays_the_job_only(
     assert job.wait(60).status is S.SUCCEEDED
 
 
+@on_sqlite
 def test_the_death_of_the_engine_process_costs_an_attempt_not_the_job(
     deployment: Deployment, client: Client
 ) -> None:
@@ -214,6 +221,7 @@ def test_the_death_of_the_engine_process_costs_an_attempt_not_the_job(
     assert worker.alive
 
 
+@on_sqlite
 def test_results_and_streams_are_in_redis_after_the_end(
     deployment: Deployment, client: Client, own_valkey: Valkey
 ) -> None:

@@ -280,11 +280,11 @@ def more(ask: Asker, pic: Picture) -> Turn | None:
 
 
 def describe(ask: Asker, pic: Picture) -> Turn | None:
-    if len(pic.things) > 3:
-        return ask("describe", f"{len(pic.things)} shapes.")
-    parts = [f"a {t.phrase}" for t in sorted(pic.things, key=lambda t: (_row(t), t.x))]
-    text = with_articles(", ".join(parts))
-    return ask("describe", text[0].upper() + text[1:] + ".")
+    """Every shape with its place, row by row: the densest lesson a picture can give."""
+    order = sorted(pic.things, key=lambda t: (_row(t), t.x))
+    text = ", ".join(f"{t.phrase} {t.place}" for t in order) + "."
+    turn = ask("describe", text)
+    return turn if len(order) <= 3 else Turn(turn.question, text, "describe many")
 
 
 def _row(thing: Thing) -> int:
@@ -374,20 +374,20 @@ MAKERS: dict[str, dict[Maker, float]] = {
         count_colour: 1.2,
         colour: 1.2,
         shape: 1.2,
-        exists: 1.2,
-        exists_simple: 0.8,
-        where: 1.2,
+        exists: 0.7,
+        exists_simple: 0.7,
+        where: 1.5,
         at: 1.0,
         largest: 1.0,
         smallest: 0.8,
-        larger: 1.2,
-        relation: 2.0,
+        larger: 0.6,
+        relation: 0.8,
         beside: 1.2,
-        more: 0.8,
-        describe: 0.7,
+        more: 0.4,
+        describe: 1.0,
         off_world: 0.15,
     },
-    "word": {read_word: 2.0, spell: 0.7, says: 0.6, text_colour: 0.4, off_world: 0.05},
+    "word": {read_word: 2.0, spell: 0.7, says: 0.3, text_colour: 0.4, off_world: 0.05},
     "number": {read_number: 2.0, text_colour: 0.3, off_world: 0.03},
     "icons": {icon: 2.0, icon_colour: 1.0, icon_count: 0.5, exists_simple: 1.0, off_world: 0.1},
     "bars": {

@@ -9,7 +9,7 @@ Training seeds are even and held-out seeds are odd, so the two can never meet.
 import random
 from collections.abc import Mapping
 
-from .questions import DRAW, MAKERS, Asker, Sample, Talk, Turn, larger, relation
+from .questions import DRAW, MAKERS, Asker, Sample, Talk, Turn, describe, larger, relation
 from .vocabulary import COLOURS
 from .world import Picture, draw_shapes, draw_word, icon_font
 
@@ -43,7 +43,7 @@ def sample(
     rng = random.Random(2 * seed + int(held_out))
     ask = Asker(rng, held_out and not usual_phrasing)
     if kind is None:
-        table = dict(weights or KIND_WEIGHTS)
+        table = {k: v for k, v in (weights or KIND_WEIGHTS).items() if k in KIND_WEIGHTS}
         if icon_font() is None:
             table.pop("icons", None)
         kind = rng.choices(list(table), list(table.values()))[0]
@@ -65,8 +65,9 @@ def _talks(rng: random.Random, ask: Asker, picture: Picture, questions: int) -> 
     weights = list(makers.values())
     talks: list[Talk] = []
     seen: set[str] = set()
-    for _ in range(2 * questions):
-        turn = rng.choices(names, weights)[0](ask, picture)
+    for nth in range(2 * questions):
+        dense = nth == 0 and picture.kind == "shapes" and rng.random() < 0.6
+        turn = describe(ask, picture) if dense else rng.choices(names, weights)[0](ask, picture)
         if turn is None or turn.question in seen:
             continue
         seen.add(turn.question)

@@ -42,7 +42,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rows", type=int, default=Shape.rows)
     parser.add_argument("--images", type=int, default=Shape.images)
-    parser.add_argument("--widen-steps", type=int, default=1600, help="until nine shapes are drawn")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true")
@@ -92,7 +91,10 @@ def start_model(args: argparse.Namespace) -> InternVLForConditionalGeneration:
 
 
 def read_weights(path: Path) -> Mapping[str, float] | None:
-    """How often to draw each kind, from a file that may be changed while training runs."""
+    """How often to draw each kind and the ``most`` shapes to draw.
+
+    The file may be changed while training runs: easy pictures first, then what is still weak.
+    """
     try:
         found: dict[str, float] = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -125,12 +127,13 @@ def main() -> None:
     for skill in _all_skills():
         skills.setdefault(skill, len(skills))
     packer = Packer(tokenizer_file, Shape(rows=args.rows, images=args.images), skills)
+    steer = args.work / "weights.json"
     batches = Batches(
         packer,
         args.seed,
         steps,
-        most=lambda n: min(9, 2 + 8 * n // max(1, args.widen_steps)),
-        weights=lambda: read_weights(args.work / "weights.json"),
+        most=lambda n: int((read_weights(steer) or {}).get("most", 9)),
+        weights=lambda: read_weights(steer),
     )
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, prefetch_factor=3)
     names = {number: name for name, number in skills.items()}

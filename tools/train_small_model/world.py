@@ -36,6 +36,9 @@ Colour = tuple[int, int, int]
 CANVAS_SIZES = (128, 160, 192, 256, 320)
 """Side lengths to draw at; the model's processor brings each to its own size."""
 
+READ_WORDS, DRAWN_ICONS = 64, 16
+"""How many of the words and icons are drawn: as many as an hour on two cores can learn."""
+
 DEJAVU = Path("/usr/share/fonts/truetype/dejavu")
 """Where Debian keeps DejaVu; used when it is there."""
 
@@ -283,7 +286,7 @@ def draw_word(rng: random.Random, held_out: bool = False) -> Picture:
 
 
 def draw_number(rng: random.Random) -> Picture:
-    """One printed number of one to four digits."""
+    """One printed number of one to three digits."""
     digits = rng.randint(1, CELLS)
     number = rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
     return _draw_text(rng, "number", str(number))
