@@ -43,6 +43,7 @@ JOB: Final[dict[str, Any]] = {
     "turn": 1,
     "batch_id": None,
     "custom_id": None,
+    "position": None,
     "attempt": 0,
     "max_attempts": 3,
     "metadata": {},

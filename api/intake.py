@@ -19,6 +19,7 @@ from api import uploads
 from api.auth import Caller
 from api.services import Services
 from models import reading
+from models.submit import body_fingerprint
 from models.tables import Image
 from visq.errors import ImageChanged, ImageNotFound, InvalidRequest, VisqError
 from visq.objects import check_access, parse_uri
@@ -28,6 +29,7 @@ PromptT = TypeVar("PromptT", bound=Prompt)
 
 UPLOADS_AT_A_TIME: Final = 4
 """Of the ``data:`` URLs of one request."""
+MANY: Final = 100
 
 _IMAGE_ID = re.compile(r"img_[0-9a-f]{32}")
 
@@ -58,6 +60,13 @@ async def resolve_batch(here: Services, caller: Caller, request: BatchRequest) -
     return request.model_copy(update={"items": items})
 
 
+async def fingerprint(request: JobRequest | BatchRequest, idempotency_key: str | None) -> str:
+    """What a repeat of the key must equal: the body as the client sent it."""
+    if idempotency_key is None:
+        return ""
+    return await asyncio.to_thread(body_fingerprint, request)
+
+
 async def _resolve(here: Services, caller: Caller, prompts: Mapping[str, PromptT]) -> list[PromptT]:
     """`prompts` by their place in the body; each reference is looked at once."""
     places: dict[str, str] = {}
@@ -66,12 +75,19 @@ async def _resolve(here: Services, caller: Caller, prompts: Mapping[str, PromptT
             places.setdefault(url, place + path)
     if not places:
         return list(prompts.values())
-    stored = await asyncio.to_thread(_check_names, here, caller, places)
+
+    def rewritten() -> list[PromptT]:
+        return [_rewritten(prompt, stored, place) for place, prompt in prompts.items()]
+
+    # A thread is slower than a few references, but keeps thousands from stopping all requests.
+    many = len(places) > MANY
+    if many:
+        stored = await asyncio.to_thread(_check_names, here, caller, places)
+    else:
+        stored = _check_names(here, caller, places)
     stored |= await _look_up(caller, places)
     stored |= await _upload(here, caller, places)
-    return await asyncio.to_thread(
-        lambda: [_rewritten(prompt, stored, place) for place, prompt in prompts.items()]
-    )
+    return await asyncio.to_thread(rewritten) if many else rewritten()
 
 
 def _references(prompt: Prompt) -> Iterator[tuple[str, str]]:

@@ -65,9 +65,13 @@ def body(
     return {"requestBody": {"required": required, "content": content}}
 
 
-def example(value: object) -> dict[str, Any]:
-    """Part of ``responses``: an example of a success."""
-    return {"content": {"application/json": {"example": value}}}
+def example(value: object, *, location: bool = False) -> dict[str, Any]:
+    """Part of ``responses``: an example of a success; `location`: with a ``Location`` header."""
+    described: dict[str, Any] = {"content": {"application/json": {"example": value}}}
+    if location:
+        schema = {"type": "string", "format": "uri-reference"}
+        described["headers"] = {"Location": {"schema": schema, "description": "Where it is."}}
+    return described
 
 
 def install(app: FastAPI, *more: type[BaseModel]) -> None:

@@ -101,6 +101,9 @@ class Watch:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
+        job = await database.read(jobs.get, job_id)
+        if job.status.is_terminal or not seconds:
+            return job
         with self.watching(job_id) as watcher:
             while True:
                 watcher.ended.clear()

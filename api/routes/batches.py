@@ -12,12 +12,12 @@ from api import examples, openapi
 from api.auth import Me, authenticated
 from api.errors import documented
 from api.fields import BatchIdPath, IdempotencyKey, Paged, PageParameters, page_of
-from api.intake import resolve_batch
+from api.intake import fingerprint, resolve_batch
 from api.json_body import json_body
 from api.routes.jobs import SUBMIT_ERRORS
 from api.services import Here
 from models import batches, reading
-from models.submit import body_fingerprint, submit_batch
+from models.submit import submit_batch
 from models.tables import Batch, Job
 from models.views import batch_view, job_view
 from visq.errors import NotFound
@@ -36,7 +36,7 @@ class ResultsPage(PageParameters):
     operation_id="submit_batch",
     summary="Submit a batch",
     status_code=202,
-    responses={202: openapi.example(examples.BATCH), **documented(*SUBMIT_ERRORS)},
+    responses={202: openapi.example(examples.BATCH, location=True), **documented(*SUBMIT_ERRORS)},
     openapi_extra=openapi.body(BatchRequest, examples.BATCH_BODIES),
 )
 async def submit(
@@ -47,7 +47,7 @@ async def submit(
     idempotency_key: IdempotencyKey = None,
 ) -> BatchView:
     """Accept a batch, whole or not at all. Each item is a job of its own, with `custom_id`."""
-    fingerprint = body_fingerprint(request)
+    sent = await fingerprint(request, idempotency_key)
     request = await resolve_batch(here, me, request)
     submitted = await me.database.run(
         submit_batch,
@@ -55,7 +55,7 @@ async def submit(
         request,
         max_attempts=here.settings.max_attempts,
         idempotency_key=idempotency_key,
-        fingerprint=fingerprint,
+        fingerprint=sent,
     )
     here.maintenance.wake()  # it lets the first items into the broker
     response.headers["Location"] = f"/v1/batches/{submitted.batch.id}"

@@ -22,11 +22,11 @@ from api.fields import (
     page_of,
     wait_of,
 )
-from api.intake import resolve_job
+from api.intake import fingerprint, resolve_job
 from api.json_body import json_body
 from api.services import Here, Services
 from models import jobs, reading
-from models.submit import body_fingerprint, submit_job
+from models.submit import submit_job
 from models.tables import Job, JobEvent
 from models.views import event_view, job_view
 from visq.errors import (
@@ -83,9 +83,12 @@ class Wait(Parameters):
         200: {
             "model": JobView,
             "description": "The job has ended: within `Prefer: wait=N`, or before this repeat.",
-            **openapi.example(examples.ENDED_JOB),
+            **openapi.example(examples.ENDED_JOB, location=True),
         },
-        202: {"description": "The job is accepted.", **openapi.example(examples.JOB)},
+        202: {
+            "description": "The job is accepted.",
+            **openapi.example(examples.JOB, location=True),
+        },
         **documented(NotFound, *SUBMIT_ERRORS),
     },
     openapi_extra=openapi.body(JobRequest, examples.JOB_BODIES),
@@ -100,7 +103,7 @@ async def submit(
 ) -> JobView:
     """Accept a job. From the `202` on it reaches exactly one end: `succeeded`, `failed`,
     `cancelled` or `expired`."""
-    fingerprint = body_fingerprint(request)
+    sent = await fingerprint(request, idempotency_key)
     request = await resolve_job(here, me, request)
     submitted = await me.database.run(
         submit_job,
@@ -108,7 +111,7 @@ async def submit(
         request,
         max_attempts=here.settings.max_attempts,
         idempotency_key=idempotency_key,
-        fingerprint=fingerprint,
+        fingerprint=sent,
     )
     job = submitted.job
     await here.delivery.parcel(submitted.queued)

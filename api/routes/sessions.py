@@ -43,7 +43,7 @@ class MessagesPage(PageParameters):
     summary="Open an empty session",
     status_code=201,
     responses={
-        201: openapi.example(examples.SESSION | {"turns": 0}),
+        201: openapi.example(examples.SESSION | {"turns": 0}, location=True),
         **documented(*BODY_ERRORS),
     },
     openapi_extra=openapi.body(
@@ -114,7 +114,9 @@ async def list_messages(
     summary="Go on from an earlier turn in a new session",
     status_code=201,
     responses={
-        201: openapi.example(examples.SESSION | {"forked_from": examples.SESSION_ID}),
+        201: openapi.example(
+            examples.SESSION | {"forked_from": examples.SESSION_ID}, location=True
+        ),
         **documented(NotFound, *BODY_ERRORS),
     },
     openapi_extra=openapi.body(Fork, {"at the second turn": {"at_turn": 2}}, required=False),

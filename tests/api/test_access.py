@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import httpx2
 import pytest
+from pydantic import BaseModel
 
+from api import examples
 from api.main import create_app
 from tests.api.running import RunningApi
 from tests.api.test_images import upload
 from tests.api.test_jobs import submit
 from visq.settings import Settings
+from visq.types import BatchView, ImageView, JobEventView, JobView, Page, SessionView
 
 OPERATIONS = [
     (method.upper(), path)
@@ -155,3 +159,20 @@ def test_the_examples_are_valid(document: dict[str, Any], client: httpx2.Client)
                 response = client.post(path, json=example["value"])
                 code = (response.json().get("error") or {}).get("code")
                 assert code in (None, "not_found", "image_not_found"), (path, name, response.text)
+
+
+@pytest.mark.parametrize(
+    ("view", "example"),
+    [
+        (JobView, examples.JOB),
+        (JobView, examples.WAITING_JOB),
+        (JobView, examples.ENDED_JOB),
+        (Page[JobEventView], examples.HISTORY),
+        (SessionView, examples.SESSION),
+        (BatchView, examples.BATCH),
+        (ImageView, examples.IMAGE),
+    ],
+)
+def test_the_examples_of_answers_are_complete(view: type[BaseModel], example: Any) -> None:
+    shown = view.model_validate_json(json.dumps(example), extra="forbid").model_dump(mode="json")
+    assert shown.keys() == example.keys()

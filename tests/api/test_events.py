@@ -171,7 +171,8 @@ def test_a_reader_that_leaves_is_forgotten(client: httpx2.Client, worker: Played
         return int(worker.courier.redis.pubsub_numsub(channel)[0][1])
 
     with client.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
-        assert next(events_of(response)).event == "attempt"
+        events = events_of(response)
+        assert next(events).event == "attempt"
         until(lambda: readers() == 1, 10, "the subscription")
 
     def has_gone() -> bool:
@@ -180,6 +181,15 @@ def test_a_reader_that_leaves_is_forgotten(client: httpx2.Client, worker: Played
 
     until(has_gone, 20, "the subscription to end")
     worker.succeed(claim)
+
+
+def test_a_silent_stream_is_kept_alive(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.events.KEEP_ALIVE_SECONDS", 0.05)
+    job = submit(client)
+    with client.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
+        assert next(response.iter_lines()).startswith(":")
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,9 @@ def test_the_demo_flow_on_postgresql_s3_and_each_broker(
         "database_url": postgres_url,
         "redis_url": redis_url,
         "broker_url": broker_url,
-        "object_store": "s3",
+        **{name.removeprefix("VISQ_").lower(): value for name, value in s3.environment.items()},
     }
-    s3_settings = {f"s3_{name}": value for name, value in s3_access(s3).items()}
-    with Deployment(tmp_path / "visq", settings | s3_settings) as deployment:
+    with Deployment(tmp_path / "visq", settings) as deployment:
         deployment.start_worker()
         for name, value in deployment.environment.items():
             if name.startswith("VISQ_"):
@@ -47,15 +46,6 @@ def test_the_demo_flow_on_postgresql_s3_and_each_broker(
         store.close()
         assert report.missing == 0
         assert report.worked, printed.file.getvalue()  # type: ignore[attr-defined]
-
-
-def s3_access(s3: S3Endpoint) -> dict[str, str]:
-    return {
-        "endpoint_url": s3.url,
-        "region": "us-east-1",
-        "access_key_id": s3.environment["AWS_ACCESS_KEY_ID"],
-        "secret_access_key": s3.environment["AWS_SECRET_ACCESS_KEY"],
-    }
 
 
 @pytest.mark.timeout(300)

@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = {"api", "bench", "migrations", "models", "tests", "tools", "visq", "worker"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LAZY_IN_VISQ = {"all": ["visq/embedded"], "worker": ["visq/objects", "visq/pixels.py"]}
+LAZY_IN_VISQ = {
+    "all": ["visq/embedded"],
+    "worker": ["visq/logs.py", "visq/objects", "visq/pixels.py"],
+}
 """Parts of `visq` that only a server uses; the rest must do with the plain install."""
 
 PART_OF = {

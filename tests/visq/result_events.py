@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from kombu import pools
 from pydantic import SecretStr
 
 from visq.cloudevents import result_event
@@ -57,4 +56,3 @@ def publisher(broker_url: str) -> Iterator[Broker]:
         yield broker
     finally:
         broker.close()
-        pools.reset()  # its pool is shared by all brokers of a process

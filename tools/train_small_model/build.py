@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .sampling import all_texts
-from .vocabulary import HELD_OUT_WORDS, OFF_WORLD
+from .vocabulary import COLOURS, HELD_OUT_WORDS, ICONS, LETTERS, OFF_WORLD, SHAPES, WORDS
 
 IMAGE_SIZE = 128
 PATCH = 16
@@ -52,15 +52,19 @@ WORD_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 """GPT-2's way to cut text into words, but every digit stands alone."""
 
 EXTRA = (
-    "user assistant system You are a helpful assistant Answer in one word please Please hello Hello "
-    "thanks the The what What look Look at this image picture photo and And it is It Is "
+    "user assistant system You are a helpful assistant Answer in one word please Please hello "
+    "Hello thanks the The what What look Look at this image picture photo and And it is It Is "
     "question Question : photo drawing chart text number letter letters only short Short "
     "answer with Use"
 )
 
 
+NAMES: frozenset[str] = frozenset((*COLOURS, *SHAPES, *ICONS, "bar"))
+"""Words that are one token wherever they stand; words in print are spelled in letters."""
+
+
 def _pieces(text: str) -> list[str]:
-    import regex
+    import regex  # type: ignore[import-untyped]
 
     return [str(piece) for piece in regex.findall(WORD_SPLIT, text)]
 
@@ -68,14 +72,18 @@ def _pieces(text: str) -> list[str]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose words are those of the world, with bytes for all the rest."""
     words: set[str] = set()
-    for text in [*all_texts(), *OFF_WORLD, EXTRA]:
-        for piece in _pieces(text):
+    for text in [*all_texts(), *OFF_WORLD]:
+        for nth, piece in enumerate(_pieces(text)):
             bare = piece.strip(" ")
-            if re.fullmatch(r"[A-Za-z]+", bare) and bare.lower() not in HELD_OUT_WORDS:
-                words |= {bare, " " + bare, bare[0].upper() + bare[1:]}
+            if re.fullmatch(r"[A-Za-z]+", bare):
+                words |= {piece, " " + bare}
+                if nth == 0:
+                    words |= {bare[0].lower() + bare[1:], bare[0].upper() + bare[1:]}
             elif re.fullmatch(r"[0-9]", bare):
                 words.add(" " + bare)
-    words |= {" " + letter for letter in "abcdefghijklmnopqrstuvwxyz"}
+    words |= {" " + word for word in (*EXTRA.split(), *LETTERS, *NAMES)}
+    words -= set(WORDS) | set(HELD_OUT_WORDS)
+    words |= NAMES
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocab = {token: i for i, token in enumerate(SPECIAL)}
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):

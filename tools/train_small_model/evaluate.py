@@ -5,9 +5,9 @@
 An answer counts as right if greedy decoding gives exactly its tokens and then stops.  That is read
 from one pass over packed conversations (each token is the likeliest after the right ones before
 it), which gives the very same verdict as generating; ``--generate 50`` checks 50 of each kind
-through the exported processor and ``model.generate``.  "Guess" is the share of the commonest answer:
-what one gets without looking.  Two columns: the held-out phrasing, and the phrasings of training;
-the pictures are held out in both.
+through the exported processor and ``model.generate``.  "Guess" is the share of the commonest
+answer: what one gets without looking.  Two columns: the held-out phrasing, and the phrasings of
+training; the pictures are held out in both.
 """
 
 import argparse
@@ -19,7 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    InternVLForConditionalGeneration,
+)
 
 from .packing import Batch, Group, Packer, Shape, attention_mask
 from .sampling import sample
@@ -61,7 +65,9 @@ def kinds() -> Iterator[str]:
             yield from [kind] * times
 
 
-def answers(model: torch.nn.Module, batch: Batch) -> Iterator[tuple[int, list[int], list[int]]]:
+def answers(
+    model: InternVLForConditionalGeneration, batch: Batch
+) -> Iterator[tuple[int, list[int], list[int]]]:
     """For each answer of a batch: its skill's number, the true tokens, the tokens given."""
     used = int(batch["n_images"])
     ids = batch["ids"]
@@ -96,7 +102,7 @@ def answers(model: torch.nn.Module, batch: Batch) -> Iterator[tuple[int, list[in
 
 
 def measure(
-    model: torch.nn.Module, packer: Packer, pictures: int, usual_phrasing: bool
+    model: InternVLForConditionalGeneration, packer: Packer, pictures: int, usual_phrasing: bool
 ) -> dict[str, Score]:
     """Scores by skill over so many held-out samples."""
     scores: dict[str, Score] = defaultdict(Score)

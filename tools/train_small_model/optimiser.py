@@ -34,20 +34,23 @@ class Masters:
     def __init__(self, model: torch.nn.Module, rate: float, adam_rate: float) -> None:
         self.live = dict(model.named_parameters())
         self.rate, self.adam_rate = rate, adam_rate
-        shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        alike: dict[str, list[str]] = defaultdict(list)
         self.others: dict[str, torch.Tensor] = {}
         for name, weight in self.live.items():
             if weight.ndim == 2 and "embed" not in name:
-                shapes[tuple(weight.shape)].append(name)
+                part = "tongue" if "language_model" in name else "eyes"
+                alike[f"{part} {tuple(weight.shape)}"].append(name)
             else:
                 self.others[name] = weight.detach().float().clone()
         self.stacks = {
-            ",".join(map(str, shape)): (
+            key: (
                 names,
                 torch.stack([self.live[n].detach().float() for n in names]),
-                torch.zeros(len(names), *shape, device=self.live[names[0]].device),
+                torch.zeros(
+                    len(names), *self.live[names[0]].shape, device=self.live[names[0]].device
+                ),
             )
-            for shape, names in shapes.items()
+            for key, names in alike.items()
         }
         self.adam = torch.optim.AdamW(
             list(self.others.values()), lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0
@@ -60,15 +63,19 @@ class Masters:
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """One step at ``factor`` of the full rates; the live weights follow."""
+        """One step at ``factor`` of the full rates; the live weights follow.
+
+        Weights without a gradient (the language model, while only the eyes learn) stay.
+        """
         for name, master in self.others.items():
             grad = self.live[name].grad
-            assert grad is not None, name
-            master.grad = grad.float()
+            master.grad = None if grad is None else grad.float()
         torch.nn.utils.clip_grad_norm_(self.others.values(), 1.0)
         self.adam.param_groups[0]["lr"] = self.adam_rate * factor
         self.adam.step()
         for names, master, momentum in self.stacks.values():
+            if self.live[names[0]].grad is None:
+                continue
             grads = torch.stack([_grad(self.live[n]) for n in names]).float()
             momentum.lerp_(grads, 1 - MOMENTUM)
             update = orthogonal(grads.lerp_(momentum, MOMENTUM))

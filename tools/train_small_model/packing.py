@@ -34,13 +34,15 @@ from .build import (
     START,
     USER,
 )
-from .sampling import Sample, sample
+from .dense import HEADS, cell_labels
+from .sampling import FOR_THE_EYES, sample
+from .talk import Sample
 
 PICTURE = f"{IMAGE_START}{IMAGE * IMAGE_TOKENS}{IMAGE_END}\n"
 NEXT_ASSISTANT = f"{END}\n{ASSISTANT}"
 NEXT_USER = f"{END}\n{USER}"
 SYSTEM = f"{START}system\nYou are a helpful assistant.{END}\n"
-KEEP_AS_ASKED = ("describe", "spell", "unknown")
+KEEP_AS_ASKED = ("describe", "unknown")
 ANSWER_IN_A_WORD = (" Answer in one word.", " Answer with one word.", " Please answer.")
 
 
@@ -66,6 +68,7 @@ class Group:
     """A prefix with its pictures, and the branches that see it."""
 
     images: list[np.ndarray]
+    cells: list[np.ndarray]
     prefix: list[int]
     branches: list[Branch]
 
@@ -131,7 +134,12 @@ class Packer:
                 if skills[at] == -1 and skills[at - 1] >= 0:
                     learnt[at] = skills[at - 1]
             branches.append(Branch(tokens, learnt))
-        return Group([pixels(i) for i in drawn.images], list(self.encode(prefix)), branches)
+        return Group(
+            [pixels(i) for i in drawn.images],
+            [cell_labels(p) for p in drawn.pictures],
+            list(self.encode(prefix)),
+            branches,
+        )
 
     def batch(
         self, seed: int, number: int, most: int, weights: Mapping[str, float] | None
@@ -143,6 +151,18 @@ class Packer:
                 yield self.group(sample(at, most=most, weights=weights), random.Random(at))
 
         return self.fill(groups())
+
+    def for_the_eyes(self, seed: int, number: int) -> Batch:
+        """A batch of pictures with nothing asked about them."""
+        first = seed * 1_000_000_000 + number * 1_000
+        drawn = [
+            sample(first + i, weights=FOR_THE_EYES, questions=0).pictures[0]
+            for i in range(self.shape.images)
+        ]
+        rows = Rows(self.shape)
+        rows.images = [pixels(p.image) for p in drawn]
+        rows.cells = [cell_labels(p) for p in drawn]
+        return rows.batch()
 
     def fill(self, groups: Iterable[Group]) -> Batch:
         """A batch of as many of these groups as there is room for."""
@@ -166,6 +186,7 @@ class Rows:
         self.labels = np.full(size, -100, np.int64)
         self.skills = np.full(size, -1, np.int64)
         self.images: list[np.ndarray] = []
+        self.cells: list[np.ndarray] = []
         self.row = self.used = 0
 
     def add(self, group: Group) -> bool:
@@ -199,6 +220,7 @@ class Rows:
             end += length
         self.used = end
         self.images += group.images
+        self.cells += group.cells
         return True
 
     def batch(self) -> Batch:
@@ -206,8 +228,12 @@ class Rows:
         pictures = np.zeros((self.shape.images, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
         if self.images:
             pictures[: len(self.images)] = np.stack(self.images).transpose(0, 3, 1, 2)
+        cells = np.full((self.shape.images, len(HEADS), IMAGE_TOKENS), -1, np.int64)
+        if self.cells:
+            cells[: len(self.cells)] = np.stack(self.cells)
         arrays = {
             "images": pictures,
+            "cells": cells,
             "n_images": np.array(len(self.images)),
             "ids": self.ids,
             "positions": self.positions,
@@ -239,12 +265,14 @@ class Batches(IterableDataset[Batch]):
         packer: Packer,
         seed: int,
         start: int,
+        eyes_until: int,
         most: Callable[[int], int],
         weights: Callable[[], Mapping[str, float] | None],
     ) -> None:
         self.packer = packer
         self.seed = seed
         self.start = start
+        self.eyes_until = eyes_until
         self.most = most
         self.weights = weights
 
@@ -252,5 +280,8 @@ class Batches(IterableDataset[Batch]):
         worker = get_worker_info()
         number = self.start + (worker.id if worker else 0)
         while True:
-            yield self.packer.batch(self.seed, number, self.most(number), self.weights())
+            if number < self.eyes_until:
+                yield self.packer.for_the_eyes(self.seed, number)
+            else:
+                yield self.packer.batch(self.seed, number, self.most(number), self.weights())
             number += worker.num_workers if worker else 1

@@ -1,91 +1,35 @@
 """What may be asked about a picture of the world, with the true answers.
 
-Every function takes a ``random.Random`` and a picture and returns a ``Turn`` or ``None`` where the
+Every function takes an ``Asker`` and a picture and returns a ``Turn`` or ``None`` where the
 question would have no clear answer.  Yes and no are drawn first and the question made to fit, so
 that guessing stays at one half.
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from PIL import Image
-
+from .talk import Asker, Turn, with_articles
 from .vocabulary import (
-    ASK,
     COLOURS,
     HELD_OUT_OFF_WORLD,
-    HELD_OUT_WORDS,
     ICONS,
     OFF_WORLD,
     PLURAL,
     SHAPES,
     UNKNOWN,
-    WORDS,
 )
 from .world import (
+    CELLS,
     Picture,
     Thing,
     draw_bars,
     draw_icons,
+    draw_mix,
     draw_noise,
     draw_number,
     draw_shapes,
-    draw_word,
 )
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question, its answer and the skill it needs."""
-
-    question: str
-    answer: str
-    skill: str
-
-
-Talk = tuple[Turn, ...]
-"""A conversation; most are one turn long."""
-
-
-@dataclass
-class Sample:
-    """One or two images (or none) and independent conversations about them."""
-
-    kind: str
-    images: list[Image.Image]
-    talks: list[Talk]
-
-
-@dataclass
-class Asker:
-    """Chooses phrasings: those for training, or the held-out one of each skill."""
-
-    rng: random.Random
-    held_out: bool = False
-
-    def __call__(self, skill: str, answer: str, **words: str) -> Turn:
-        ways = ASK[skill]
-        text = ways[-1] if self.held_out else self.rng.choice(ways[:-1])
-        text = with_articles(text.format(**words))
-        if not self.held_out:
-            if self.rng.random() < 0.1:
-                text = text[0].lower() + text[1:]
-            if self.rng.random() < 0.1:
-                text = text[:-1]
-        return Turn(text, answer, skill)
-
-    def yes(self) -> bool:
-        """Whether the next yes/no question shall have yes for an answer."""
-        return self.rng.random() < 0.5
-
-
-def with_articles(text: str) -> str:
-    """``a orange ring`` becomes ``an orange ring``."""
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
-
 
 Maker = Callable[[Asker, Picture], Turn | None]
 
@@ -136,11 +80,6 @@ def count_colour(ask: Asker, pic: Picture) -> Turn | None:
 
 
 def colour(ask: Asker, pic: Picture) -> Turn | None:
-    if ask.rng.random() < 0.05:
-        missing = [s for s in SHAPES if all(t.name != s for t in pic.things)]
-        if missing:
-            name = ask.rng.choice(missing)
-            return ask("colour", f"There is no {name}.", name=name)
     ones = _unique(pic.things, _name)
     if not ones:
         return None
@@ -208,14 +147,14 @@ def _by_size(pic: Picture) -> list[Thing]:
 
 def largest(ask: Asker, pic: Picture) -> Turn | None:
     order = _by_size(pic)
-    if len(order) < 2 or order[-1].r < 1.2 * order[-2].r:
+    if len(order) < 2 or order[-1].r < 1.25 * order[-2].r:
         return None
     return ask("largest", order[-1].phrase)
 
 
 def smallest(ask: Asker, pic: Picture) -> Turn | None:
     order = _by_size(pic)
-    if len(order) < 2 or order[1].r < 1.2 * order[0].r:
+    if len(order) < 2 or order[1].r < 1.25 * order[0].r:
         return None
     return ask("smallest", order[0].phrase)
 
@@ -225,7 +164,7 @@ def larger(ask: Asker, pic: Picture) -> Turn | None:
     if len(ones) < 2:
         return None
     a, b = ask.rng.sample(ones, 2)
-    if max(a.r, b.r) < 1.2 * min(a.r, b.r):
+    if max(a.r, b.r) < 1.25 * min(a.r, b.r):
         return None
     return ask("larger", _word_for(a.r > b.r), a=a.phrase, b=b.phrase)
 
@@ -280,36 +219,24 @@ def more(ask: Asker, pic: Picture) -> Turn | None:
 
 
 def describe(ask: Asker, pic: Picture) -> Turn | None:
-    """Every shape with its place, row by row: the densest lesson a picture can give."""
-    order = sorted(pic.things, key=lambda t: (_row(t), t.x))
-    text = ", ".join(f"{t.phrase} {t.place}" for t in order) + "."
-    turn = ask("describe", text)
-    return turn if len(order) <= 3 else Turn(turn.question, text, "describe many")
+    """Up to three shapes, row by row."""
+    if len(pic.things) > 3:
+        return None
+    parts = [f"a {t.phrase}" for t in sorted(pic.things, key=lambda t: (_row(t), t.x))]
+    text = with_articles(", ".join(parts))
+    return ask("describe", text[0].upper() + text[1:] + ".")
 
 
 def _row(thing: Thing) -> int:
-    return int(thing.y * 3)
+    return int(thing.y * CELLS)
 
 
 def read_word(ask: Asker, pic: Picture) -> Turn | None:
-    skill = "read word" if pic.known_word else "read letters"
-    turn = ask("read word", pic.things[0].name)
-    return Turn(turn.question, turn.answer, skill)
+    return ask("read word", pic.text)
 
 
 def read_number(ask: Asker, pic: Picture) -> Turn | None:
-    return ask("read number", pic.things[0].name)
-
-
-def spell(ask: Asker, pic: Picture) -> Turn | None:
-    return ask("spell", " ".join(pic.things[0].name))
-
-
-def says(ask: Asker, pic: Picture) -> Turn | None:
-    word = pic.things[0].name
-    yes = ask.yes()
-    other = ask.rng.choice([w for w in (*WORDS, *HELD_OUT_WORDS) if w != word])
-    return ask("says", _word_for(yes), word=word if yes else other)
+    return ask("read number", pic.text)
 
 
 def text_colour(ask: Asker, pic: Picture) -> Turn | None:
@@ -320,7 +247,13 @@ def icon(ask: Asker, pic: Picture) -> Turn | None:
     if len(pic.things) == 1:
         return ask("icon", pic.things[0].name)
     order = sorted(pic.things, key=lambda t: t.x)
-    sides = {"on the left": order[0], "on the right": order[-1]}
+    sides = {}
+    if order[1].x - order[0].x > 0.1:
+        sides["on the left"] = order[0]
+    if order[-1].x - order[-2].x > 0.1:
+        sides["on the right"] = order[-1]
+    if len(order) > 2 or not sides:
+        return None
     side, thing = ask.rng.choice(list(sides.items()))
     return ask("icon side", thing.name, side=side)
 
@@ -387,9 +320,9 @@ MAKERS: dict[str, dict[Maker, float]] = {
         describe: 1.0,
         off_world: 0.15,
     },
-    "word": {read_word: 2.0, spell: 0.7, says: 0.3, text_colour: 0.4, off_world: 0.05},
+    "word": {read_word: 2.0, text_colour: 0.4, off_world: 0.05},
     "number": {read_number: 2.0, text_colour: 0.3, off_world: 0.03},
-    "icons": {icon: 2.0, icon_colour: 1.0, icon_count: 0.5, exists_simple: 1.0, off_world: 0.1},
+    "icons": {icon: 2.0, icon_colour: 2.0, icon_count: 0.5, exists_simple: 1.5, off_world: 0.1},
     "bars": {
         bar_tallest: 1.0,
         bar_shortest: 1.0,
@@ -399,6 +332,7 @@ MAKERS: dict[str, dict[Maker, float]] = {
         off_world: 0.05,
     },
     "noise": {noise: 1.0},
+    "mix": {},
 }
 """Which questions suit which picture, and how often each is asked."""
 
@@ -408,4 +342,5 @@ DRAW: dict[str, Callable[[random.Random], Picture]] = {
     "icons": draw_icons,
     "bars": draw_bars,
     "noise": draw_noise,
+    "mix": draw_mix,
 }

@@ -9,20 +9,36 @@ Training seeds are even and held-out seeds are odd, so the two can never meet.
 import random
 from collections.abc import Mapping
 
-from .questions import DRAW, MAKERS, Asker, Sample, Talk, Turn, describe, larger, relation
-from .vocabulary import COLOURS
+from .questions import DRAW, MAKERS, larger, relation
+from .talk import Asker, Sample, Talk, Turn
 from .world import Picture, draw_shapes, draw_word, icon_font
 
 KIND_WEIGHTS: dict[str, float] = {
     "shapes": 5.0,
-    "word": 1.5,
+    "word": 1.0,
     "number": 1.0,
     "icons": 1.0,
     "bars": 1.0,
-    "pair": 1.0,
-    "noise": 0.1,
+    "pair": 0.7,
+    "noise": 0.05,
 }
 """How often each kind of picture is drawn, unless the caller says otherwise."""
+
+FOR_THE_EYES: dict[str, float] = {
+    "mix": 5.0,
+    "shapes": 3.0,
+    "word": 0.7,
+    "number": 0.7,
+    "icons": 1.5,
+    "bars": 0.7,
+}
+"""The same for the first part of training, in which nothing is asked."""
+
+
+MOST_ABOUT_TEXT = 3
+"""There is little to ask about a word."""
+
+ALL_KINDS = {*KIND_WEIGHTS, *FOR_THE_EYES}
 
 
 def sample(
@@ -43,7 +59,7 @@ def sample(
     rng = random.Random(2 * seed + int(held_out))
     ask = Asker(rng, held_out and not usual_phrasing)
     if kind is None:
-        table = {k: v for k, v in (weights or KIND_WEIGHTS).items() if k in KIND_WEIGHTS}
+        table = {k: v for k, v in (weights or KIND_WEIGHTS).items() if k in ALL_KINDS}
         if icon_font() is None:
             table.pop("icons", None)
         kind = rng.choices(list(table), list(table.values()))[0]
@@ -55,19 +71,20 @@ def sample(
         picture = draw_shapes(rng, most)
     else:
         picture = DRAW[kind](rng)
-    return Sample(kind, [picture.image], _talks(rng, ask, picture, questions))
+    return Sample(kind, [picture], _talks(rng, ask, picture, questions))
 
 
 def _talks(rng: random.Random, ask: Asker, picture: Picture, questions: int) -> list[Talk]:
     """Different questions about one picture; about one conversation in eight goes on."""
     makers = MAKERS[picture.kind]
     names = list(makers)
+    if picture.text:
+        questions = min(questions, MOST_ABOUT_TEXT)
     weights = list(makers.values())
     talks: list[Talk] = []
     seen: set[str] = set()
-    for nth in range(2 * questions):
-        dense = nth == 0 and picture.kind == "shapes" and rng.random() < 0.6
-        turn = describe(ask, picture) if dense else rng.choices(names, weights)[0](ask, picture)
+    for _ in range(2 * questions if names else 0):
+        turn = rng.choices(names, weights)[0](ask, picture)
         if turn is None or turn.question in seen:
             continue
         seen.add(turn.question)
@@ -118,8 +135,7 @@ def _follow(rng: random.Random, ask: Asker, picture: Picture, turn: Turn) -> Tur
         if turn.skill != "at" and thing.placed_clearly:
             return Turn(way(FOLLOW_PLACE), thing.place, "follow where")
     if turn.skill in ("larger", "relation"):
-        again = (larger if turn.skill == "larger" else relation)(ask, picture)
-        return again
+        return (larger if turn.skill == "larger" else relation)(ask, picture)
     return None
 
 
@@ -135,7 +151,7 @@ def _pair(rng: random.Random, ask: Asker, most: int, questions: int) -> Sample:
             talks.append((turn,))
         if len(talks) == min(questions, 7):
             break
-    return Sample("pair", [first.image, second.image], talks)
+    return Sample("pair", [first, second], talks)
 
 
 def _pair_turn(rng: random.Random, ask: Asker, first: Picture, second: Picture) -> Turn | None:
@@ -161,13 +177,14 @@ def _pair_turn(rng: random.Random, ask: Asker, first: Picture, second: Picture) 
 
 
 def all_texts() -> list[str]:
-    """Enough sampled questions and answers to hold every word of the world."""
+    """Enough sampled questions and answers to hold every word of the world.
+
+    Printed words are left out: the model is to spell them, letter by letter.
+    """
     texts: list[str] = []
     for seed in range(4000):
         for held_out in (False, True):
             for talk in sample(seed, held_out=held_out).talks:
-                texts += [t for turn in talk for t in (turn.question, turn.answer)]
+                texts += [turn.question for turn in talk]
+                texts += [turn.answer for turn in talk if turn.skill != "read word"]
     return texts
-
-
-__all__ = ["COLOURS", "KIND_WEIGHTS", "Sample", "Talk", "Turn", "all_texts", "sample"]

@@ -7,7 +7,9 @@ same picture.  What may be asked about a picture is in ``questions.py``; ``sampl
                                                   ten conversations about it, each with its skill
 
 The model sees a picture as 4 x 4 tokens.  No token's part of the picture holds the middle of more
-than one thing, so that nothing is lost where eyes and tongue meet.  Icons come from the pip package ``fontawesomefree`` (training only); without it, icon pictures
+than one thing, so that nothing is lost where eyes and tongue meet.
+
+Icons come from the pip package ``fontawesomefree`` (training only); without it, icon pictures
 cannot be drawn and every other kind still can.
 """
 
@@ -35,9 +37,6 @@ from .vocabulary import (
 Colour = tuple[int, int, int]
 CANVAS_SIZES = (128, 160, 192, 256, 320)
 """Side lengths to draw at; the model's processor brings each to its own size."""
-
-READ_WORDS, DRAWN_ICONS = 64, 16
-"""How many of the words and icons are drawn: as many as an hour on two cores can learn."""
 
 DEJAVU = Path("/usr/share/fonts/truetype/dejavu")
 """Where Debian keeps DejaVu; used when it is there."""
@@ -242,9 +241,7 @@ def icon_font() -> str | None:
     return str(next(root.rglob("fa-solid-900.ttf")))
 
 
-def draw_glyph(
-    draw: ImageDraw.ImageDraw, thing: Thing, side: int, fill: Colour, face: str
-) -> None:
+def draw_glyph(draw: ImageDraw.ImageDraw, thing: Thing, side: int, fill: Colour, face: str) -> None:
     """Draw an icon, or a letter (as a capital) or digit in the given face, around its middle."""
     if thing.name in ICONS:
         icons = icon_font()
@@ -286,7 +283,7 @@ def draw_word(rng: random.Random, held_out: bool = False) -> Picture:
 
 
 def draw_number(rng: random.Random) -> Picture:
-    """One printed number of one to three digits."""
+    """One printed number of one to four digits."""
     digits = rng.randint(1, CELLS)
     number = rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
     return _draw_text(rng, "number", str(number))
@@ -295,7 +292,7 @@ def draw_number(rng: random.Random) -> Picture:
 def draw_icons(rng: random.Random) -> Picture:
     """One to four icons of different names."""
     image, draw, side = _canvas(rng)
-    n = rng.randint(1, 4)
+    n = rng.choice((1, 1, 2, 2, 3, 4))
     across, low, high = rng.choice(((2, 0.1, 0.2), (CELLS, 0.085, 0.115)))
     things = []
     cells, names = rng.sample(range(across * across), n), rng.sample(list(ICONS), n)

@@ -136,11 +136,11 @@ def run_flow(client: Client, store: ObjectStore, settings: Settings, console: Co
 
 def load_samples() -> list[Sample]:
     """The pictures that ship with the small model."""
-    text = (_samples_folder() / "samples.json").read_text(encoding="utf-8")
+    text = (samples_folder() / "samples.json").read_text(encoding="utf-8")
     return TypeAdapter(list[Sample]).validate_json(text)
 
 
-def _samples_folder() -> Path:
+def samples_folder() -> Path:
     from visq import rooms
 
     return rooms.folder() / "worker" / "small_model" / "samples"
@@ -156,7 +156,7 @@ def _put_pictures(
     is_s3 = settings.objects == "s3"
     place = f"s3://{settings.upload_bucket}/{tenant}/demo" if is_s3 else "s3://demo"
     for sample in samples:
-        picture = (_samples_folder() / sample.file).read_bytes()
+        picture = (samples_folder() / sample.file).read_bytes()
         store.put(parse_uri(f"{place}/{sample.file}"), picture, "image/png")
     return place
 

@@ -39,6 +39,8 @@ class ConsumerProcess:
         self._count = 0
         self._changed = threading.Condition()
         self._ready = threading.Event()
+        """It is ready, or has ended."""
+        self._is_ready = False
 
     def wait_for(self, count: int, seconds: float) -> int:
         """Wait until so many results have come; how many are missing."""
@@ -57,7 +59,8 @@ class ConsumerProcess:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._ready.wait(START_SECONDS):
+        self._ready.wait(START_SECONDS)
+        if not self._is_ready:
             self.__exit__(None, None, None)
             raise Unavailable("the consumer did not reach the broker")
         return self
@@ -78,12 +81,14 @@ class ConsumerProcess:
         for line in self._process.stdout:
             text = line.decode().strip()
             if text == READY:
+                self._is_ready = True
                 self._ready.set()
                 continue
             self._show(text)
             with self._changed:
                 self._count += 1
                 self._changed.notify_all()
+        self._ready.set()  # or it never will be
 
 
 def main() -> None:

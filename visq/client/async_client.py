@@ -231,11 +231,8 @@ class AsyncSessions:
 class AsyncBatch:
     """A submitted batch; `view` is what was last heard of it."""
 
-    def __init__(
-        self, runner: AsyncRunner, view: BatchView, order: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, runner: AsyncRunner, view: BatchView) -> None:
         self._runner = runner
-        self._order = order
         self.view = view
 
     @property
@@ -264,7 +261,7 @@ class AsyncBatch:
         return await self._runner.run(calls.wait_batch(self.id, timeout, seen))
 
     async def results(self) -> AsyncIterator[JobView]:
-        results = ResultsInOrder(self.id, self._order)
+        results = ResultsInOrder(self.id)
         while jobs := await self._runner.run(results.more()):
             for job in jobs:
                 yield job
@@ -281,8 +278,8 @@ class AsyncBatches:
         self._runner = runner
 
     async def submit(self, items: Sequence[Item], **options: Unpack[BatchOptions]) -> AsyncBatch:
-        view, order = await self._runner.run(calls.submit_batch(items, dict(options)))
-        return AsyncBatch(self._runner, view, order)
+        view = await self._runner.run(calls.submit_batch(items, dict(options)))
+        return AsyncBatch(self._runner, view)
 
     async def get(self, batch_id: str) -> AsyncBatch:
         return AsyncBatch(self._runner, await self._runner.run(calls.batch(batch_id)))

@@ -132,17 +132,13 @@ def fork_session(session_id: str, at_turn: int | None) -> Flow[SessionView]:
 # --- batches ---------------------------------------------------------------------------------
 
 
-def submit_batch(items: Sequence[options.Item], fields: Json) -> Flow[tuple[BatchView, list[str]]]:
-    """Upload the local images of all items, then submit them. `fields`: `BatchOptions`.
-
-    Returns the batch and the items' custom ids in order.
-    """
+def submit_batch(items: Sequence[options.Item], fields: Json) -> Flow[BatchView]:
+    """Upload the local images of all items, then submit them. `fields`: `BatchOptions`."""
     key = fields.pop("idempotency_key", None)
     bodies = [options.item_fields(item, number) for number, item in enumerate(items)]
     bodies = yield from with_uploads(bodies)
     answer = yield _creation("/v1/batches", options.batch_body({**fields, "items": bodies}), key)
-    order = [str(body["custom_id"]) for body in bodies]
-    return BatchView.model_validate_json(answer.body), order
+    return BatchView.model_validate_json(answer.body)
 
 
 def batch(batch_id: str, *, patient: bool = False) -> Flow[BatchView]:

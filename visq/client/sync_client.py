@@ -269,9 +269,8 @@ class Sessions:
 class Batch:
     """A submitted batch; `view` is what was last heard of it."""
 
-    def __init__(self, runner: Runner, view: BatchView, order: Sequence[str] | None = None) -> None:
+    def __init__(self, runner: Runner, view: BatchView) -> None:
         self._runner = runner
-        self._order = order
         self.view = view
 
     @property
@@ -305,11 +304,8 @@ class Batch:
         return self._runner.run(calls.wait_batch(self.id, timeout, seen))
 
     def results(self) -> Iterator[JobView]:
-        """Its items in input order, each as soon as it and those before it have ended.
-
-        Of a batch from ``batches.get`` they come when the whole batch has ended.
-        """
-        results = ResultsInOrder(self.id, self._order)
+        """Its items in input order, each as soon as it and those before it have ended."""
+        results = ResultsInOrder(self.id)
         while jobs := self._runner.run(results.more()):
             yield from jobs
 
@@ -331,8 +327,8 @@ class Batches:
         :param items: ``(prompt, image)`` pairs, or dicts with the fields of a batch item.
         :raises InvalidRequest: names the field that does not fit.
         """
-        view, order = self._runner.run(calls.submit_batch(items, dict(options)))
-        return Batch(self._runner, view, order)
+        view = self._runner.run(calls.submit_batch(items, dict(options)))
+        return Batch(self._runner, view)
 
     def get(self, batch_id: str) -> Batch:
         """:raises NotFound: no such batch."""

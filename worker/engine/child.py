@@ -16,6 +16,7 @@ import sys
 import threading
 from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, Final, NoReturn
 
 from visq.errors import ConfigurationError
@@ -46,7 +47,7 @@ def main(connection: Connection[Any, ToEngine], config: EngineConfig, owner: int
 class _Server:
     def __init__(self, connection: Connection[Any, ToEngine]) -> None:
         self._connection = connection
-        self._sending = threading.Lock()
+        self._outbox: SimpleQueue[object] = SimpleQueue()
         self._handles: dict[int, Handle] = {}
 
     def serve(self, config: EngineConfig) -> NoReturn:
@@ -59,14 +60,17 @@ class _Server:
             os._exit(1)
         threading.Thread(target=_leave_after, args=(engine.ended,), daemon=True).start()
         self._send(Ready(engine.info))
+        threading.Thread(target=self._send_outbox, daemon=True).start()
         while True:
-            message = self._receive()
-            match message:
+            match self._receive():
                 case Submit(number, request):
-                    self._handles[number] = engine.submit(request, partial(self._relay, number))
+                    handle = engine.submit(request, partial(self._relay, number))
+                    self._handles[number] = handle
+                    if handle.ended:  # perhaps before the line above
+                        self._handles.pop(number, None)
                 case Cancel(number):
-                    if handle := self._handles.get(number):
-                        handle.cancel()
+                    if (running := self._handles.get(number)) is not None:
+                        running.cancel()
 
     def _receive(self) -> ToEngine:
         try:
@@ -75,14 +79,19 @@ class _Server:
             os._exit(0)  # the owner is gone
 
     def _relay(self, number: int, event: Event) -> None:
-        self._send(Happened(number, event))
+        self._outbox.put(Happened(number, event))
         if not isinstance(event, TokenEvent):
             self._handles.pop(number, None)
 
+    def _send_outbox(self) -> None:
+        """In a thread of its own, so that a full pipe stops neither the model nor `_receive`: with
+        both ends waiting to send, nobody would read."""
+        while True:
+            self._send(self._outbox.get())
+
     def _send(self, message: object) -> None:
         try:
-            with self._sending:
-                self._connection.send(message)
+            self._connection.send(message)
         except OSError:
             os._exit(0)  # the owner is gone
 

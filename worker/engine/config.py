@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from visq.errors import ConfigurationError
 from visq.settings import Settings
 
 SMALL_MODEL: Final = Path(__file__).resolve().parent.parent / "small_model"
@@ -38,3 +39,15 @@ class EngineConfig:
     def source(self) -> str:
         """Folder or name of the model, for transformers."""
         return str(SMALL_MODEL) if self.model == "small" else self.model
+
+    def check(self) -> None:
+        """Say plainly that a folder holds no model, before transformers asks the hub for its name.
+
+        :raises ConfigurationError: naming the folder.
+        """
+        folder = Path(self.source)
+        is_folder = folder.exists() or self.source.startswith((".", "/"))
+        if is_folder and not (folder / "config.json").is_file():
+            raise ConfigurationError(
+                f"VISQ_MODEL={self.model}: the folder {folder} holds no model (no config.json)"
+            )

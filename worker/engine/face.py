@@ -93,6 +93,8 @@ class Handle:
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._sink = sink or self._events.put
         self._outcome: Outcome | None = None
+        self.ended = False
+        """Whether the outcome has been published (read or not)."""
 
     def __iter__(self) -> Iterator[Event]:
         """Yield the events as they come (blocking); ends after the outcome."""
@@ -115,6 +117,7 @@ class Handle:
 
     def publish(self, event: Event) -> None:
         """For engines: hand out the next event."""
+        self.ended = not isinstance(event, TokenEvent)
         self._sink(event)
 
 

@@ -161,7 +161,7 @@ class _Generator:
         self._pieces = Pieces(
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             anchor,
-            len(tokenizer),
+            min(len(tokenizer), loaded.vocab_size),
         )
 
     def answer(self, task: Task, between_tokens: Callable[[Task], Outcome | None]) -> Outcome:
@@ -233,7 +233,7 @@ class _Generator:
         ids.update(config.stop_token_ids or ())
         if not config.ignore_eos:
             ids |= self._loaded.end_ids
-        return ids, words
+        return {token for token in ids if token < self._loaded.vocab_size}, words
 
     def _decoder(self, task: Task) -> Callable[[list[int]], str]:
         config = task.request.gen_config

@@ -7,6 +7,7 @@ fail as well, and further starts are tried with growing pauses.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import multiprocessing
@@ -16,10 +17,12 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
 from visq.errors import ConfigurationError, EngineCrashed
+from visq.types import ImagePart, ImageUrl, Message
 from worker.engine import child
 from worker.engine.config import EngineConfig
 from worker.engine.face import EngineInfo, EngineRequest, Failed, Handle, Stopped, TokenEvent
@@ -29,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE: Final = 30.0
 """Seconds between two starts of a process that does not come up."""
+
+DIED_LOADING: Final = (
+    "the engine process died while it loaded the model; if it was killed, the machine has too "
+    "little memory for this model"
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +57,7 @@ class ProcessEngine:
 
         :raises ConfigurationError: if the model cannot be loaded.
         """
+        config.check()
         self._config = config
         self._lock = threading.Lock()
         self._open: dict[int, _Open] = {}
@@ -63,8 +72,16 @@ class ProcessEngine:
         # The kernel ties a child to the thread that starts it: this one lives as long as we do.
         self._keeper = threading.Thread(target=self._keep, name="visq-engine", daemon=True)
         self._keeper.start()
-        self._started.wait()
+        # The child ignores SIGTERM, so multiprocessing's own clean-up at exit would wait for ever.
+        # Ours runs before it, since that was registered first, by the import of `Connection`.
+        atexit.register(self.close)
+        try:
+            self._started.wait()
+        except BaseException:  # Ctrl-C while the model loads
+            self.close()
+            raise
         if self._info is None:
+            self.close()
             raise ConfigurationError(self._failure or "the engine process did not start")
 
     @property
@@ -93,10 +110,11 @@ class ProcessEngine:
         return handle
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._closing.set()
-        with self._lock:
-            process, self._connection = self._process, None
-        if process is not None:
+        # Without the lock: whoever holds it may be sending to a process that does not listen, and
+        # the kill frees it. (`_start` looks at `_closing` once it has set `_process`.)
+        if (process := self._process) is not None:
             process.kill()
         if threading.current_thread() is not self._keeper:
             self._keeper.join()
@@ -115,7 +133,7 @@ class ProcessEngine:
         waiting = self._open[number]
         if self._connection is None:
             return
-        request, deadline = waiting.request, waiting.request.deadline_seconds
+        request, deadline = _without_urls(waiting.request), waiting.request.deadline_seconds
         if deadline is not None:
             left = deadline - (time.monotonic() - waiting.submitted)
             request = replace(request, deadline_seconds=max(left, 0.0))
@@ -131,40 +149,57 @@ class ProcessEngine:
     def _keep(self) -> None:
         """Start the process again and again, and hand out what it says."""
         pause = 0.0
-        while not self._closing.wait(pause):
-            connection = self._start()
-            ready = self._hear(connection)
-            if isinstance(ready, Ready):
-                pause = 0.0
-                self._serve(connection, ready)
-                if not self._closing.is_set():
+        try:
+            while not self._closing.wait(pause):
+                failure = self._live()
+                if self._closing.is_set():
+                    break
+                if failure is None:
+                    pause = 0.0
                     logger.error("the engine process ended; starting it again")
-            else:
-                reason = ready.message if isinstance(ready, LoadFailed) else "it died while loading"
-                if self._info is None:
-                    self._failure = f"the model cannot be loaded: {reason}"
-                    self._closing.set()
+                elif self._info is None:
+                    self._failure = failure
+                    break
                 else:
                     pause = min(LONGEST_PAUSE, 2 * pause + 1)
-                    logger.error("the engine did not come up again: %s", reason)
-                with self._lock:
-                    self._gave_up = True
-                    self._fail_open(sent_only=False)
-            connection.close()
-            if self._process is not None:
-                self._process.kill()
-                self._process.join()
+                    logger.error("the engine did not come up again: %s", failure)
+                    self._give_up()
+        finally:
+            self._give_up()
             self._started.set()
+
+    def _live(self) -> str | None:
+        """One process from its start to its end; returns why it did not come up, if so."""
+        try:
+            connection = self._start()
+        except OSError as error:  # no memory, no file descriptors
+            return f"the engine process cannot be started: {error}"
+        try:
+            message = self._hear(connection)
+            if isinstance(message, Ready):
+                self._serve(connection, message)
+                return None
+            if isinstance(message, LoadFailed):
+                return message.message
+            return "the engine process died while it loaded the model; its log says more"
+        finally:
+            connection.close()
+            assert self._process is not None
+            self._process.kill()
+            self._process.join()
+
+    def _give_up(self) -> None:
+        """Until a process is up again, requests fail at once."""
         with self._lock:
+            self._gave_up = True
             self._fail_open(sent_only=False)
 
-    def _serve(self, connection: Connection[ToEngine, Any], ready: Ready) -> None:
+    def _serve(self, connection: Connection[ToEngine, Any], info: EngineInfo) -> None:
         """Hand out events until the process ends."""
         with self._lock:
-            self._info = ready.info
+            self._info = info
             self._gave_up = False
-            if not self._closing.is_set():
-                self._connection = connection
+            self._connection = connection
             for number in list(self._open):
                 self._send(number)
         self._started.set()
@@ -197,7 +232,9 @@ class ProcessEngine:
             name="visq-engine",
             daemon=False,  # the engine may have children of its own
         )
-        # Blocked at birth: the child ignores them, but not before it runs its first line.
+        # Blocked at birth: the child ignores them, but not before it runs its first line. (The first
+        # start of a program would also start multiprocessing's tracker, and that unblocks them.)
+        resource_tracker.ensure_running()
         signals = {signal.SIGINT, signal.SIGTERM}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
@@ -217,3 +254,18 @@ class ProcessEngine:
             return connection.recv()
         except (EOFError, OSError):
             return None
+
+
+def _without_urls(request: EngineRequest) -> EngineRequest:
+    """`request` without the names of its images: a ``data:`` URL holds all the bytes of one."""
+    if not request.images:
+        return request
+    unnamed = ImagePart(image_url=ImageUrl(url="-"))
+    messages = [
+        Message(
+            role=message.role,
+            content=[unnamed if isinstance(p, ImagePart) else p for p in message.parts()],
+        )
+        for message in request.messages
+    ]
+    return replace(request, messages=messages)

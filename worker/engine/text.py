@@ -13,7 +13,10 @@ HALF: Final = "\N{REPLACEMENT CHARACTER}"
 
 MAX_HELD: Final = 8
 """Tokens held back for an unfinished character. A character has at most four bytes, a token at
-least one: what is still broken after this many is broken for good."""
+least one: what is still broken after this many is broken for good, but for its newest end."""
+
+UNFINISHED: Final = 3
+"""Most bytes of a character that is not complete; a tokenizer decodes each to one `HALF` at most."""
 
 
 class Detokenizer:
@@ -27,8 +30,9 @@ class Detokenizer:
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._window = 0
-        self._read = 0
+        self._window = 0  # index of the first token of the window
+        self._read = 0  # index after the last token whose text is certain
+        self._shown = 0  # characters of the window that were returned
 
     def append(self, token_id: int) -> str:
         """Add a token; return the new text, or ``""`` while a character is unfinished."""
@@ -40,14 +44,17 @@ class Detokenizer:
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:
-        shown = self._decode(self._ids[self._window : self._read])
         text = self._decode(self._ids[self._window :])
-        held = len(self._ids) - self._read
-        if text.endswith(HALF) and held <= MAX_HELD and not final:
-            return ""
-        new = text[len(shown) :]
-        if new:
+        certain = len(text)
+        if text.endswith(HALF) and not final:
+            if len(self._ids) - self._read <= MAX_HELD:
+                return ""
+            certain -= min(len(text) - len(text.rstrip(HALF)), UNFINISHED)
+        new = text[self._shown : certain]
+        self._shown = max(self._shown, certain)
+        if new and certain == len(text):
             self._window, self._read = self._read, len(self._ids)
+            self._shown = len(self._decode(self._ids[self._window :]))
         return new
 
 

@@ -171,7 +171,7 @@ def test_a_batch_reports_progress_and_gives_its_results_in_input_order(
     batch = client.batches.submit(items, metadata={"night": "1"})
     ids = {job.custom_id: job.id for job in client.jobs.list(batch_id=batch.id)}
     assert set(ids) == {"b", "1", "2"}
-    results = batch.results()
+    results = client.batches.get(batch.id).results()
     worker.answer(ids["1"], "second")
     worker.answer(ids["b"], "first")
     assert [next(results).custom_id, next(results).custom_id] == ["b", "1"]

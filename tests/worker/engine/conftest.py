@@ -1,0 +1,53 @@
+"""Engines and tiny models that the tests of this folder share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.worker.engine.models import save_text_model, save_vision_model
+from visq.pixels import PixelBuffer
+from worker.engine.config import EngineConfig
+from worker.engine.generate import GenerateEngine
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text_model(tmp_path_factory.mktemp("text-model"))
+
+
+@pytest.fixture(scope="session")
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vision_model(tmp_path_factory.mktemp("vision-model"))
+
+
+@pytest.fixture(scope="session")
+def text_engine(text_model: Path) -> Iterator[GenerateEngine]:
+    engine = GenerateEngine(EngineConfig(model=str(text_model), device="cpu"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def vision_engine(vision_model: Path) -> Iterator[GenerateEngine]:
+    engine = GenerateEngine(EngineConfig(model=str(vision_model), device="cpu"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def picture() -> Iterator[Callable[[int], PixelBuffer]]:
+    """A function from a seed to a picture in shared memory."""
+    made: list[PixelBuffer] = []
+
+    def make(seed: int) -> PixelBuffer:
+        pixels = np.random.default_rng(seed).integers(0, 255, (40, 50, 3)).astype(np.uint8)
+        made.append(PixelBuffer.create(pixels, f"{seed:064x}"))
+        return made[-1]
+
+    yield make
+    for buffer in made:
+        buffer.release()

@@ -1,0 +1,176 @@
+"""The engine in a process of its own: the same face, and its death is survived."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.waiting import until
+from tests.worker.engine.asking import ask, failed, finished, image_part
+from tests.worker.engine.models import CONTEXT
+from visq.errors import ConfigurationError, ContextLengthExceeded, EngineCrashed
+from visq.pixels import PixelBuffer
+from visq.types import ImagePart, ImageUrl, Message
+from worker.engine.config import EngineConfig
+from worker.engine.face import EngineRequest, Stopped, TokenEvent
+from worker.engine.generate import GenerateEngine
+from worker.engine.process import ProcessEngine
+
+ROOT = Path(__file__).parents[3]
+ENDLESS = {"max_new_tokens": None, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(vision_model: Path) -> Iterator[ProcessEngine]:
+    engine = ProcessEngine(EngineConfig(model=str(vision_model), device="cpu"))
+    yield engine
+    engine.close()
+    assert not engine.alive
+
+
+def test_it_answers_as_the_engine_in_this_process_does(
+    engine: ProcessEngine, vision_engine: GenerateEngine, picture: Callable[[int], PixelBuffer]
+) -> None:
+    request = ask("What are these?", picture(1), picture(2))
+    *deltas, answer = list(engine.submit(request))
+    expected = finished(vision_engine.submit(request).result())
+    assert answer == expected
+    assert "".join(event.text for event in deltas if isinstance(event, TokenEvent)) == expected.text
+    assert engine.info.model == vision_engine.info.model
+    assert engine.info.max_context == CONTEXT
+
+
+def test_typed_errors_come_across(engine: ProcessEngine) -> None:
+    error = failed(engine.submit(ask("a" * 1000)).result()).error
+    assert isinstance(error, ContextLengthExceeded)
+    assert error.param == "messages"
+
+
+def test_a_data_url_does_not_travel_with_its_picture(
+    engine: ProcessEngine, picture: Callable[[int], PixelBuffer]
+) -> None:
+    url = ImagePart(image_url=ImageUrl(url="data:image/png;base64," + "A" * 5_000_000))
+    long = EngineRequest(
+        "long", [Message(role="user", content=[url])], [picture(1)], ask().gen_config
+    )
+    short = EngineRequest(
+        "short", [Message(role="user", content=[image_part()])], [picture(1)], ask().gen_config
+    )
+    assert engine.submit(long).result() == engine.submit(short).result()
+
+
+def test_cancel_and_deadline_reach_the_process(engine: ProcessEngine) -> None:
+    handle = engine.submit(ask(**ENDLESS))
+    waiting = engine.submit(ask(deadline=0.0, **ENDLESS))
+    events = iter(handle)
+    assert isinstance(next(events), TokenEvent)
+    handle.cancel()
+    assert list(events)[-1] == Stopped("cancelled")
+    assert waiting.result() == Stopped("expired")
+
+
+def test_signals_to_the_whole_group_leave_it_to_its_owner(engine: ProcessEngine) -> None:
+    assert engine.pid is not None
+    process = psutil.Process(engine.pid)
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        os.kill(engine.pid, sent)
+    finished(engine.submit(ask()).result())
+    assert process.pid == engine.pid
+    assert process.is_running()
+
+
+def test_after_kill_9_open_requests_fail_retryably_and_later_ones_succeed(
+    engine: ProcessEngine,
+) -> None:
+    running, queued = engine.submit(ask(**ENDLESS)), engine.submit(ask())
+    assert isinstance(next(iter(running)), TokenEvent)
+    dead = engine.pid
+    assert dead is not None
+    os.kill(dead, signal.SIGKILL)
+    for handle in (running, queued):
+        error = failed(handle.result()).error
+        assert isinstance(error, EngineCrashed)
+        assert error.retryable
+    finished(engine.submit(ask()).result())
+    assert engine.alive
+    assert engine.pid != dead
+
+
+def test_a_model_that_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"holds no model"):
+        ProcessEngine(EngineConfig(model=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
+    with pytest.raises(ConfigurationError, match=r"cannot be loaded.*no_such_type"):
+        ProcessEngine(EngineConfig(model=str(tmp_path), device="cpu"))
+
+
+OWNER = """
+import sys
+from worker.engine.config import EngineConfig
+from worker.engine.process import ProcessEngine
+
+if __name__ == "__main__":
+    engine = ProcessEngine(EngineConfig(model=sys.argv[1], device="cpu"))
+    print(engine.pid, flush=True)
+    if sys.argv[2] == "wait":
+        sys.stdin.read()
+"""
+
+
+def start_owner(tmp_path: Path, model: Path, then: str) -> tuple[subprocess.Popen[str], int]:
+    """A program that owns an engine; returns it and the engine's process id."""
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    owner = subprocess.Popen(
+        [sys.executable, str(script), str(model), then],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert owner.stdout is not None
+    return owner, int(owner.stdout.readline())
+
+
+def test_it_dies_with_its_owner_even_by_kill_9(tmp_path: Path, vision_model: Path) -> None:
+    owner, pid = start_owner(tmp_path, vision_model, "wait")
+    assert psutil.pid_exists(pid)
+    owner.kill()
+    owner.communicate()
+    until(lambda: not _runs(pid), 20, "the engine process to end with its owner")
+
+
+def test_a_program_that_forgets_to_close_it_still_ends(tmp_path: Path, vision_model: Path) -> None:
+    owner, pid = start_owner(tmp_path, vision_model, "exit")
+    owner.communicate(timeout=60)
+    assert owner.returncode == 0
+    until(lambda: not _runs(pid), 20, "the engine process to end with its owner")
+
+
+def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_its_owner_imports_no_torch() -> None:
+    program = (
+        "import sys, worker.engine, worker.engine.face\n"
+        "heavy = {'torch', 'transformers', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_closing_fails_what_is_open(vision_model: Path) -> None:
+    engine = ProcessEngine(EngineConfig(model=str(vision_model), device="cpu"))
+    handle = engine.submit(ask(**ENDLESS))
+    engine.close()
+    engine.close()
+    assert isinstance(failed(handle.result()).error, EngineCrashed)
+    assert isinstance(failed(engine.submit(ask()).result()).error, EngineCrashed)

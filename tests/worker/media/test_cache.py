@@ -1,0 +1,160 @@
+"""The image cache: real files, damage, a bound in bytes, faults of the disk, two workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from visq.objects import ObjectRef
+from worker.media.cache import CachedObject, DiskCache
+
+MIB = 1024 * 1024
+
+
+def ref(number: int = 0, version: str | None = None) -> ObjectRef:
+    return ObjectRef("pictures", f"{number}.jpg", version)
+
+
+def item(data: bytes = b"picture") -> CachedObject:
+    return CachedObject(data, sha256(data).hexdigest(), '"etag"')
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_what_was_kept_comes_back_also_to_another_worker(tmp_path: Path) -> None:
+    DiskCache(tmp_path, MIB).put(ref(), item())
+    assert DiskCache(tmp_path, MIB).get(ref()) == item()
+
+
+def test_versions_are_kept_apart(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    cache.put(ref(version="1"), item(b"one"))
+    cache.put(ref(version="2"), item(b"two"))
+    assert cache.get(ref()) is None
+    assert cache.get(ref(version="1")) == item(b"one")
+    assert cache.get(ref(version="2")) == item(b"two")
+
+
+def test_a_dropped_object_is_gone(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    cache.put(ref(), item())
+    cache.drop(ref())
+    cache.drop(ref())
+    assert cache.get(ref()) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"{}\nx", b"{", b"\xff\xfe\n\0"])
+def test_a_damaged_file_is_a_miss_and_is_removed(tmp_path: Path, content: bytes) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    cache.put(ref(), item())
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    assert cache.get(ref()) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    cache.put(ref(), item())
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert cache.get(ref()) is None
+
+
+def test_the_folder_stays_within_its_bound_and_the_longest_unused_go_first(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    cache.put(ref(0), item(bytes(20_000)))
+    cache.put(ref(1), item(bytes(20_000)))
+    for path in tmp_path.iterdir():
+        os.utime(path, (1, 1))  # both long unused
+    assert cache.get(ref(0)) is not None  # and now one is used
+    for number in range(2, 100):
+        cache.put(ref(number), item(bytes(20_000)))
+        assert size(tmp_path) <= MIB
+        assert cache.get(ref(0)) is not None
+    assert cache.get(ref(1)) is None
+    assert cache.get(ref(99)) is not None
+
+
+def test_an_object_that_would_fill_the_cache_is_not_kept(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, MIB)
+    cache.put(ref(), item(bytes(MIB)))
+    assert cache.get(ref()) is None
+
+
+def test_what_killed_writers_left_is_removed_and_living_ones_are_not_disturbed(
+    tmp_path: Path,
+) -> None:
+    dead, living = tmp_path / "dead.unfinished", tmp_path / "living.unfinished"
+    dead.write_bytes(b"x")
+    living.write_bytes(b"x")
+    os.utime(dead, (1, 1))
+    DiskCache(tmp_path, MIB).put(ref(), item())
+    assert not dead.exists()
+    assert living.exists()
+
+
+def test_an_unusable_folder_is_no_cache_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    cache = DiskCache(tmp_path / "file" / "cache", MIB)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            cache.put(ref(), item())
+            assert cache.get(ref()) is None
+    assert len(caplog.records) == 1
+    assert "without the cache" in caplog.text
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from hashlib import sha256
+from visq.objects import ObjectRef
+from worker.media.cache import CachedObject, DiskCache
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as on a full disk, writes fail half-way
+folder = Path(sys.argv[1])
+data = bytes(5000)
+cache = DiskCache(folder, 1024 * 1024)
+cache.put(ObjectRef("pictures", "a"), CachedObject(data, sha256(data).hexdigest(), None))
+print(cache.get(ObjectRef("pictures", "a")), list(folder.iterdir()))
+"""
+
+
+def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.stdout.strip() == "None []"
+    assert "without the cache" in done.stderr
+
+
+def test_two_workers_share_a_folder(tmp_path: Path) -> None:
+    workers = [DiskCache(tmp_path, MIB), DiskCache(tmp_path, MIB)]
+
+    def use(number: int) -> bool:
+        cache, mine = workers[number % 2], ref(number % 50)
+        found = cache.get(mine)
+        cache.put(mine, item(bytes([number % 50]) * 30_000))
+        return found is None or found == item(bytes([number % 50]) * 30_000)
+
+    with ThreadPoolExecutor(16) as threads:
+        assert all(threads.map(use, range(600)))
+    assert size(tmp_path) <= MIB * 1.2  # several threads at a time are on their way
+    assert all(path.suffix == ".image" for path in tmp_path.iterdir())

@@ -1,0 +1,158 @@
+"""`Media.load`: from a name to pixels, with a store of each kind and a cache between."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.servers import S3Endpoint
+from visq.errors import (
+    ImageForbidden,
+    ImageNotFound,
+    ImageTooLarge,
+    ImageUndecodable,
+    InvalidRequest,
+)
+from visq.objects import ObjectRef, ObjectStore, open_store
+from visq.settings import Settings
+from worker.media import Media
+
+
+def jpeg(shade: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), shade).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(params=["s3", "folder"], scope="module")
+def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("media")
+    common: dict[str, object] = {
+        "data": folder,
+        "s3_buckets": "pictures",
+        "upload_bucket": "uploads-of-media",
+        "max_image_bytes": 100_000,
+    }
+    if request.param == "s3":
+        s3: S3Endpoint = request.getfixturevalue("s3")
+        s3.create_bucket("pictures")
+        common |= {
+            "object_store": "s3",
+            "s3_endpoint_url": s3.url,
+            "s3_access_key_id": s3.access_key,
+            "s3_secret_access_key": s3.secret_key,
+        }
+    return Settings.model_validate(common)
+
+
+@pytest.fixture(scope="module")
+def store(settings: Settings) -> Iterator[ObjectStore]:
+    found = open_store(settings)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def media(settings: Settings, store: ObjectStore) -> Iterator[Media]:
+    found = Media(settings, store)
+    yield found
+    found.close()
+
+
+def test_a_picture_is_loaded_with_the_hash_of_its_encoded_bytes(
+    media: Media, store: ObjectStore
+) -> None:
+    store.put(ObjectRef("pictures", "a b.jpg"), jpeg(), "image/jpeg")
+    for name in ("s3://pictures/a b.jpg", ObjectRef("pictures", "a b.jpg")):
+        buffer = media.load(name, "ann")
+        assert (buffer.height, buffer.width) == (48, 64)
+        assert buffer.sha256 == sha256(jpeg()).hexdigest()
+        assert buffer.array()[10, 10].tolist() == [254, 0, 0]
+        buffer.release()
+
+
+def test_a_changed_picture_is_seen_at_once(media: Media, store: ObjectStore) -> None:
+    for shade in ("red", "blue"):
+        store.put(ObjectRef("pictures", "changing.jpg"), jpeg(shade), "image/jpeg")
+        buffer = media.load("s3://pictures/changing.jpg", "ann")
+        assert buffer.sha256 == sha256(jpeg(shade)).hexdigest()
+        buffer.release()
+
+
+def test_threads_that_load_one_picture_each_own_their_pixels(
+    media: Media, store: ObjectStore
+) -> None:
+    store.put(ObjectRef("pictures", "shared.jpg"), jpeg(), "image/jpeg")
+    with ThreadPoolExecutor(8) as threads:
+        loads = [threads.submit(media.load, "s3://pictures/shared.jpg", "ann") for _ in range(8)]
+        buffers = [load.result() for load in loads]
+    for buffer in buffers:
+        assert buffer.array().shape == (48, 64, 3)
+        buffer.release()
+
+
+def test_a_tenants_upload_is_loaded_for_it_and_for_nobody_else(
+    media: Media, store: ObjectStore
+) -> None:
+    store.put(ObjectRef("uploads-of-media", "ann/1"), jpeg(), "image/jpeg")
+    media.load("s3://uploads-of-media/ann/1", "ann").release()
+    with pytest.raises(ImageForbidden, match="s3://uploads-of-media/ann/1"):
+        media.load("s3://uploads-of-media/ann/1", "bob")
+
+
+@pytest.mark.parametrize(
+    ("key", "data", "error"),
+    [
+        ("missing.jpg", None, ImageNotFound),
+        ("text.jpg", b"hello", ImageUndecodable),
+        ("cut.jpg", jpeg()[:400], ImageUndecodable),
+        ("large.jpg", bytes(100_001), ImageTooLarge),
+    ],
+)
+def test_an_image_that_cannot_be_shown_is_named_in_its_error(
+    media: Media, store: ObjectStore, key: str, data: bytes | None, error: type[Exception]
+) -> None:
+    if data is not None:
+        store.put(ObjectRef("pictures", key), data, "image/jpeg")
+    with pytest.raises(error, match=f"image s3://pictures/{key} "):
+        media.load(f"s3://pictures/{key}", "ann")
+
+
+@pytest.mark.parametrize(
+    "uri", ["data:image/png;base64,AAAA", "http://pictures/a", "file:///etc/passwd", "/etc/passwd"]
+)
+def test_only_s3_names_are_loaded(media: Media, uri: str) -> None:
+    with pytest.raises(InvalidRequest):
+        media.load(uri, "ann")
+
+
+def test_a_bucket_that_is_not_listed_is_forbidden(media: Media) -> None:
+    with pytest.raises(ImageForbidden):
+        media.load("s3://other/a.jpg", "ann")
+
+
+def test_only_a_remote_store_is_cached(
+    media: Media, store: ObjectStore, settings: Settings
+) -> None:
+    store.put(ObjectRef("pictures", "cached.jpg"), jpeg("green"), "image/jpeg")
+    media.load("s3://pictures/cached.jpg", "ann").release()
+    cache: Path = settings.data / "media-cache"
+    assert cache.exists() == store.remote
+    assert not cache.exists() or any(cache.iterdir())
+
+
+def test_an_unusable_cache_folder_does_not_fail_a_load(
+    settings: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    broken = settings.model_copy(update={"media_cache": tmp_path / "file" / "cache"})
+    store.put(ObjectRef("pictures", "b.jpg"), jpeg(), "image/jpeg")
+    media = Media(broken, store)
+    media.load("s3://pictures/b.jpg", "ann").release()
+    media.close()
