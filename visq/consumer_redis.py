@@ -108,7 +108,9 @@ class Held:
             if not scores:
                 continue
             try:
-                # XX: a message that is settled meanwhile stays so.
-                self._channel.client.zadd(self._channel.unacked_index_key, scores, xx=True)
+                # Not `channel.client`: its one connection waits in BRPOP. XX: a message that is
+                # settled meanwhile stays so.
+                with self._channel.conn_or_acquire() as client:
+                    client.zadd(self._channel.unacked_index_key, scores, xx=True)
             except (RedisError, OSError) as error:
                 log.debug("held messages are not renewed: %s", error)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NAME_PREFIX: Final = "/visq-"
-"""All names begin with this; on Linux they are files in ``/dev/shm``."""
+"""All names begin with this and the worker's process id; they are files in ``/dev/shm``."""
 
 _CHANNELS: Final = 3
 
@@ -89,7 +89,7 @@ def reserved_name() -> Iterator[str]:
 
     If the block raises, whatever was written under the name is removed.
     """
-    name = f"{NAME_PREFIX}{secrets.token_hex(8)}"
+    name = f"{NAME_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
     resource_tracker.register(name, "shared_memory")
     try:
         yield name

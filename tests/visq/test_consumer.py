@@ -241,6 +241,28 @@ def test_a_slow_handler_keeps_its_event(redis_url: str) -> None:
     assert first[0] not in second
 
 
+def test_renewals_take_nothing_from_the_queue(redis_url: str) -> None:
+    """They once went over the connection that waits for messages, and swallowed some."""
+    seen: list[str] = []
+    bad = event_of(ended_job())
+
+    def refuses_one(event: Event) -> None:
+        if event.id == bad["id"]:
+            raise RuntimeError("never")
+        seen.append(event.id)
+
+    with (
+        consuming(redis_url, "renewed", refuses_one, redeliver_after=0.2, max_pause=3600),
+        publisher(redis_url) as broker,
+    ):
+        broker.publish_result(bad)
+        for _ in range(100):
+            event = event_of(ended_job())
+            broker.publish_result(event)
+            until(lambda: event["id"] in seen, SOON, "the event")  # noqa: B023
+    assert depth(redis_url, "renewed") == 1, "the failed event must be given back at the end"
+
+
 @pytest.fixture(params=["redis", "rabbitmq"])
 def own_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Valkey | RabbitMQ]:
     """A broker that a test may restart."""

@@ -23,7 +23,7 @@ QUICK_DEATHS: Final = 5
 
 
 class Service:
-    """A child process that can be supervised. It is used by one thread at a time."""
+    """A child process that can be supervised. All but `kill` is for one thread at a time."""
 
     def __init__(
         self,
@@ -71,15 +71,15 @@ class Service:
 
     def stop(self) -> None:
         """Ask it to end, wait `stop_seconds`, then kill what is left of it."""
-        if self.process is not None:
-            end(self.process, self.stop_seconds)
+        if (process := self.process) is not None:
+            end(process, self.stop_seconds)
             self.process = None
 
     def kill(self) -> None:
-        """``kill -9`` to it and to what it started."""
-        if self.process is not None:
-            _kill_session(self.process)
-            self.process.wait()
+        """``kill -9`` to it and to what it started, also while another thread waits in `stop`."""
+        if (process := self.process) is not None:
+            _kill_session(process)
+            process.wait()
             self.process = None
 
     def revive(self, tell: Callable[[str], None]) -> None:

@@ -170,6 +170,7 @@ class ProcessEngine:
 
     def _live(self) -> str | None:
         """One process from its start to its end; returns why it did not come up, if so."""
+        begun = time.monotonic()
         try:
             connection = self._start()
         except OSError as error:  # no memory, no file descriptors
@@ -177,11 +178,12 @@ class ProcessEngine:
         try:
             message = self._hear(connection)
             if isinstance(message, Ready):
-                self._serve(connection, message)
+                took = time.monotonic() - begun
+                self._serve(connection, replace(message.info, load_seconds=took))
                 return None
             if isinstance(message, LoadFailed):
                 return message.message
-            return "the engine process died while it loaded the model; its log says more"
+            return DIED_LOADING
         finally:
             connection.close()
             assert self._process is not None
@@ -232,8 +234,8 @@ class ProcessEngine:
             name="visq-engine",
             daemon=False,  # the engine may have children of its own
         )
-        # Blocked at birth: the child ignores them, but not before it runs its first line. (The first
-        # start of a program would also start multiprocessing's tracker, and that unblocks them.)
+        # Blocked at birth: the child ignores them, but not before it runs its first line. (A first
+        # start would also start multiprocessing's tracker, and that unblocks them: hence before.)
         resource_tracker.ensure_running()
         signals = {signal.SIGINT, signal.SIGTERM}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)

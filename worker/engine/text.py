@@ -16,7 +16,7 @@ MAX_HELD: Final = 8
 least one: what is still broken after this many is broken for good, but for its newest end."""
 
 UNFINISHED: Final = 3
-"""Most bytes of a character that is not complete; a tokenizer decodes each to one `HALF` at most."""
+"""Most bytes of an unfinished character; a tokenizer decodes each to one `HALF` at most."""
 
 
 class Detokenizer:
