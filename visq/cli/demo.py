@@ -41,6 +41,10 @@ RESULTS_SECONDS: Final = 30.0
 """Longest wait for the last result at the consumer, after the last answer."""
 
 
+SHORT: Final = {"max_new_tokens": 64}
+"""The answers are a few words."""
+
+
 class Question(BaseModel):
     question: str
     answer: str
@@ -57,6 +61,7 @@ class Sample(Question):
 class Shown:
     """One answered question."""
 
+    job_id: str
     picture: str
     question: str
     answer: str
@@ -75,6 +80,8 @@ class Report:
     seconds: dict[str, float]
     missing: int
     """Results that did not come through the queue."""
+    missing_values: int
+    """Results that Redis does not hold."""
 
     @property
     def right(self) -> int:
@@ -82,7 +89,8 @@ class Report:
 
     @property
     def worked(self) -> bool:
-        return self.missing == 0 and self.right >= ENOUGH_RIGHT * len(self.rows)
+        arrived = self.missing == self.missing_values == 0
+        return arrived and self.right >= ENOUGH_RIGHT * len(self.rows)
 
 
 def register(app: typer.Typer) -> None:
@@ -129,7 +137,7 @@ def run_flow(client: Client, store: ObjectStore, settings: Settings, console: Co
         rows = _chat(client, first, place, console, seconds)
         rows += _batch(client, batch, place, console, seconds)
         missing = consumer.wait_for(len(rows), RESULTS_SECONDS)
-    report = Report(rows, seconds, missing)
+    report = Report(rows, seconds, missing, _missing_values(rows, settings))
     _print_report(report, console)
     return report
 
@@ -169,19 +177,27 @@ def _chat(
     assert sample.follow_up is not None
     console.print(f"[bold]chat[/] about {uri}")
     start = time.monotonic()
-    job = client.jobs.submit(sample.question, images=[uri], session={})
+    job = client.jobs.submit(sample.question, images=[uri], session={}, gen_config=SHORT)
     answer = job.result().text
     seconds["chat: submit to answer"] = time.monotonic() - start
     _print_turn(console, sample.question, answer)
     assert job.session_id is not None
     start = time.monotonic()
-    follow_up = client.sessions.get(job.session_id).chat(sample.follow_up.question)
+    follow_up = client.sessions.get(job.session_id).chat(
+        sample.follow_up.question, gen_config=SHORT
+    )
     second = follow_up.result().text
     seconds["follow-up: submit to answer"] = time.monotonic() - start
     _print_turn(console, sample.follow_up.question, second)
     return [
-        Shown(sample.file, sample.question, answer, sample.answer),
-        Shown("the same session", sample.follow_up.question, second, sample.follow_up.answer),
+        Shown(job.id, sample.file, sample.question, answer, sample.answer),
+        Shown(
+            follow_up.id,
+            "the same session",
+            sample.follow_up.question,
+            second,
+            sample.follow_up.answer,
+        ),
     ]
 
 
@@ -203,7 +219,8 @@ def _batch(
                 "images": [f"{place}/{sample.file}"],
             }
             for sample in samples
-        ]
+        ],
+        gen_config=SHORT,
     )
     columns = (TextColumn("items"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console) as progress:
@@ -211,9 +228,19 @@ def _batch(
         batch.wait(on_progress=lambda counts: progress.update(task, completed=counts.finished))
     seconds["batch: submit to last answer"] = time.monotonic() - start
     return [
-        Shown(sample.file, sample.question, _said(job.result), sample.answer)
+        Shown(job.id, sample.file, sample.question, _said(job.result), sample.answer)
         for sample, job in zip(samples, batch.results(), strict=True)
     ]
+
+
+def _missing_values(rows: Sequence[Shown], settings: Settings) -> int:
+    """How many of the results are not in Redis."""
+    import redis
+
+    from visq.streams import job_key
+
+    with redis.Redis.from_url(settings.redis) as connection:
+        return len(rows) - int(connection.exists(*(job_key(row.job_id) for row in rows)))
 
 
 def _print_report(report: Report, console: Console) -> None:
@@ -237,7 +264,8 @@ def _print_report(report: Report, console: Console) -> None:
     colour = "green" if report.worked else "red"
     console.print(
         f"\n[{colour}]{report.right} of {total} answers are right; "
-        f"{total - report.missing} of {total} results came through the queue[/]"
+        f"{total - report.missing} of {total} results came through the queue, "
+        f"{total - report.missing_values} are in Redis[/]"
     )
 
 

@@ -30,6 +30,8 @@ from worker.engine.wire import Cancel, Happened, LoadFailed, Ready, Submit, ToEn
 
 logger = logging.getLogger(__name__)
 
+DOWN: Final = "the engine is down; try again later"
+
 LONGEST_PAUSE: Final = 30.0
 """Seconds between two starts of a process that does not come up."""
 
@@ -103,7 +105,7 @@ class ProcessEngine:
         handle = Handle(lambda: self._cancel(number))
         with self._lock:
             if self._gave_up or self._closing.is_set():
-                handle.publish(Failed(EngineCrashed("the engine is down; try again later")))
+                handle.publish(Failed(EngineCrashed(DOWN)))
                 return handle
             self._open[number] = _Open(request, handle, time.monotonic())
             self._send(number)
@@ -221,9 +223,8 @@ class ProcessEngine:
         for number, request in list(self._open.items()):
             if request.sent or not sent_only:
                 del self._open[number]
-                request.handle.publish(
-                    Failed(EngineCrashed("the engine process died while it had this request"))
-                )
+                why = "the engine process died while it had this request" if request.sent else DOWN
+                request.handle.publish(Failed(EngineCrashed(why)))
 
     def _start(self) -> Connection[ToEngine, Any]:
         context = multiprocessing.get_context("spawn")

@@ -45,9 +45,11 @@ def test_the_samples_are_enough_for_the_flow() -> None:
 
 
 def test_the_flow_worked_if_all_results_came_and_most_answers_are_right() -> None:
-    right, wrong = Shown("a.png", "?", " Red.", "red"), Shown("b.png", "?", "blue", "red")
+    right = Shown("job_1", "a.png", "?", " Red.", "red")
+    wrong = Shown("job_2", "b.png", "?", "blue", "red")
     assert right.is_right
     assert not wrong.is_right
-    assert Report([right] * 4 + [wrong], {}, missing=0).worked
-    assert not Report([right] * 3 + [wrong], {}, missing=0).worked
-    assert not Report([right], {}, missing=1).worked
+    assert Report([right] * 4 + [wrong], {}, missing=0, missing_values=0).worked
+    assert not Report([right] * 3 + [wrong], {}, missing=0, missing_values=0).worked
+    assert not Report([right], {}, missing=1, missing_values=0).worked
+    assert not Report([right], {}, missing=0, missing_values=1).worked

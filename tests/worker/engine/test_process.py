@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -19,7 +22,7 @@ from visq.errors import ConfigurationError, ContextLengthExceeded, EngineCrashed
 from visq.pixels import PixelBuffer
 from visq.types import ImagePart, ImageUrl, Message
 from worker.engine.config import EngineConfig
-from worker.engine.face import EngineRequest, Stopped, TokenEvent
+from worker.engine.face import EngineRequest, Handle, Outcome, Stopped, TokenEvent
 from worker.engine.generate import GenerateEngine
 from worker.engine.process import ProcessEngine
 
@@ -45,6 +48,30 @@ def test_it_answers_as_the_engine_in_this_process_does(
     assert "".join(event.text for event in deltas if isinstance(event, TokenEvent)) == expected.text
     assert engine.info.model == vision_engine.info.model
     assert engine.info.max_context == CONTEXT
+
+
+def test_a_crowd_of_threads_gets_each_its_own_answer(
+    engine: ProcessEngine, vision_engine: GenerateEngine
+) -> None:
+    requests = [ask("x" * n, max_new_tokens=4) for n in range(1, 33)]
+    everybody_is_there = threading.Barrier(len(requests))
+
+    def submit(request: EngineRequest) -> Outcome:
+        everybody_is_there.wait()
+        return engine.submit(request).result()
+
+    with ThreadPoolExecutor(len(requests)) as threads:
+        answers = list(threads.map(submit, requests))
+    assert answers == [vision_engine.submit(request).result() for request in requests]
+
+
+def test_pictures_are_left_for_the_caller_to_release(
+    engine: ProcessEngine, picture: Callable[[int], PixelBuffer]
+) -> None:
+    shown = picture(1)
+    before = shown.array().copy()
+    finished(engine.submit(ask("What?", shown)).result())
+    assert np.array_equal(shown.array(), before)
 
 
 def test_typed_errors_come_across(engine: ProcessEngine) -> None:
@@ -167,10 +194,22 @@ def test_its_owner_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_closing_fails_what_is_open(vision_model: Path) -> None:
+def test_closing_fails_what_is_open_though_the_process_hangs(vision_model: Path) -> None:
     engine = ProcessEngine(EngineConfig(model=str(vision_model), device="cpu"))
-    handle = engine.submit(ask(**ENDLESS))
+    assert engine.pid is not None
+    process = psutil.Process(engine.pid)
+    running = engine.submit(ask(**ENDLESS))
+    process.suspend()
+    more_than_the_pipe_holds = ask("a" * 1_000_000)
+    stuck: list[Handle] = []
+    sender = threading.Thread(target=lambda: stuck.append(engine.submit(more_than_the_pipe_holds)))
+    sender.start()
+    until(engine._lock.locked, 20, "the pipe to be full")
     engine.close()
     engine.close()
-    assert isinstance(failed(handle.result()).error, EngineCrashed)
-    assert isinstance(failed(engine.submit(ask()).result()).error, EngineCrashed)
+    sender.join()
+    for handle in (running, *stuck, engine.submit(ask())):
+        assert isinstance(failed(handle.result()).error, EngineCrashed)
+    assert not engine.alive
+    assert not process.is_running()
+    assert not engine._keeper.is_alive()

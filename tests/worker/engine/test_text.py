@@ -51,6 +51,14 @@ def test_bytes_that_never_make_a_character_do_not_hold_the_text_back_for_ever() 
     assert any(HALF in detokenizer.append(broken) for _ in range(20))
 
 
+@given(st.lists(st.sampled_from(BYTES.encode("aé你🙂\n")), max_size=40))
+def test_whatever_bytes_come_the_pieces_make_the_text(ids: list[int]) -> None:
+    """A model may break a character off at any byte, and go on for long with broken ones."""
+    detokenizer = Detokenizer(decode)
+    pieces = [detokenizer.append(token) for token in ids]
+    assert "".join(pieces) + detokenizer.flush() == decode(ids)
+
+
 def run(words: list[str], pieces: list[str], *, include: bool = False) -> tuple[str, bool]:
     stop_words, shown = StopWords(words, include=include), ""
     for piece in pieces:
