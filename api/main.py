@@ -49,7 +49,7 @@ def serve(settings: Settings) -> None:
     :raises ConfigurationError: there are no keys, or the database has no tables.
     :raises Unavailable: the database does not answer.
     """
-    logs.configure(settings)
+    logs.configure(settings.log_level)
     check_keys(settings)
     _check_database(settings)
     make_server(settings).run()

@@ -33,7 +33,7 @@ from visq.types import JobView
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS: Final = 1.0
+IDLE_SECONDS: Final = 0.5
 """How long one look at the broker waits; `stop` is heeded this fast."""
 FIRST_PAUSE: Final = 1.0
 """Seconds before the first repeat, of a failed message or a failed connection; doubles."""

@@ -11,8 +11,6 @@ from typing import Final
 
 import structlog
 
-from visq.settings import Settings
-
 CHATTY: Final = (
     "aiosqlite",
     "alembic",
@@ -27,8 +25,8 @@ CHATTY: Final = (
 """Libraries whose debug and info lines say nothing about jobs."""
 
 
-def configure(settings: Settings) -> None:
-    """Send structlog and the standard library's logging the same way, from ``log_level`` on."""
+def configure(level: str) -> None:
+    """Send structlog and the standard library's logging the same way, from `level` on."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -58,6 +56,6 @@ def configure(settings: Settings) -> None:
         )
     )
     logging.root.handlers = [handler]
-    logging.root.setLevel(settings.log_level)
+    logging.root.setLevel(level)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)

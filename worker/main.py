@@ -37,7 +37,7 @@ def run(settings: Settings) -> int:
 
     :raises ConfigurationError: the database has no tables, or the model cannot be loaded.
     """
-    logs.configure(settings)
+    logs.configure(settings.log_level)
     signals.setup_logging.connect(_keep_our_logging, weak=False)
     console = Console(stderr=True)
     broker_guard.install()

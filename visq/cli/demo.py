@@ -263,9 +263,8 @@ def _print_report(report: Report, console: Console) -> None:
     total = len(report.rows)
     colour = "green" if report.worked else "red"
     console.print(
-        f"\n[{colour}]{report.right} of {total} answers are right; "
-        f"{total - report.missing} of {total} results came through the queue, "
-        f"{total - report.missing_values} are in Redis[/]"
+        f"\n[{colour}]{report.right} of {total} answers are right[/]; results that came: "
+        f"{total - report.missing} by the queue, {total - report.missing_values} by Redis"
     )
 
 

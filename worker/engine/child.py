@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import logging
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Final, NoReturn
 
+from visq import logs
 from visq.errors import ConfigurationError
 from worker.engine.config import EngineConfig
 from worker.engine.face import Event, Handle, TokenEvent
@@ -38,9 +38,7 @@ def main(connection: Connection[Any, ToEngine], config: EngineConfig, owner: int
     # They were blocked at birth, so that none came before this line (see `ProcessEngine`).
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     faulthandler.enable()
-    logging.basicConfig(
-        level=config.log_level, format="%(asctime)s %(levelname)s engine: %(message)s"
-    )
+    logs.configure(config.log_level)
     _Server(connection).serve(config)
 
 

@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -151,34 +153,58 @@ if __name__ == "__main__":
 """
 
 
-def start_owner(tmp_path: Path, model: Path, then: str) -> tuple[subprocess.Popen[str], int]:
-    """A program that owns an engine; returns it and the engine's process id."""
-    script = tmp_path / "owner.py"
+@dataclass
+class Owner:
+    """A program that owns an engine."""
+
+    program: subprocess.Popen[str]
+
+    @cached_property
+    def engine(self) -> int:
+        """Process id of its engine, once that is up."""
+        assert self.program.stdout is not None
+        return int(self.program.stdout.readline())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def owners(
+    tmp_path_factory: pytest.TempPathFactory, vision_model: Path
+) -> Iterator[dict[str, Owner]]:
+    """Programs that wait, or exit, once their engine is up. It takes seconds: hence early."""
+    script = tmp_path_factory.mktemp("owner") / "owner.py"
     script.write_text(OWNER)
-    owner = subprocess.Popen(
-        [sys.executable, str(script), str(model), then],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert owner.stdout is not None
-    return owner, int(owner.stdout.readline())
+    owners = {
+        then: Owner(
+            subprocess.Popen(
+                [sys.executable, str(script), str(vision_model), then],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+        )
+        for then in ("wait", "exit")
+    }
+    yield owners
+    for owner in owners.values():
+        owner.program.kill()
+        owner.program.communicate()
 
 
-def test_it_dies_with_its_owner_even_by_kill_9(tmp_path: Path, vision_model: Path) -> None:
-    owner, pid = start_owner(tmp_path, vision_model, "wait")
-    assert psutil.pid_exists(pid)
-    owner.kill()
-    owner.communicate()
-    until(lambda: not _runs(pid), 20, "the engine process to end with its owner")
+def test_it_dies_with_its_owner_even_by_kill_9(owners: dict[str, Owner]) -> None:
+    owner = owners["wait"]
+    assert _runs(owner.engine)
+    owner.program.kill()
+    owner.program.communicate()
+    until(lambda: not _runs(owner.engine), 20, "the engine process to end with its owner")
 
 
-def test_a_program_that_forgets_to_close_it_still_ends(tmp_path: Path, vision_model: Path) -> None:
-    owner, pid = start_owner(tmp_path, vision_model, "exit")
-    owner.communicate(timeout=60)
-    assert owner.returncode == 0
-    until(lambda: not _runs(pid), 20, "the engine process to end with its owner")
+def test_a_program_that_forgets_to_close_it_still_ends(owners: dict[str, Owner]) -> None:
+    owner = owners["exit"]
+    assert owner.engine
+    owner.program.communicate(timeout=60)
+    assert owner.program.returncode == 0
+    until(lambda: not _runs(owner.engine), 20, "the engine process to end with its owner")
 
 
 def _runs(pid: int) -> bool:
