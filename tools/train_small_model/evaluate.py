@@ -15,7 +15,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ from .packing import Batch, Group, Packer, Shape, attention_mask
 from .sampling import sample
 
 FIRST_SEED = 3_000_000
-KINDS = {"shapes": 5, "word": 2, "number": 1, "icons": 2, "bars": 2, "pair": 2}
+KINDS = {"shapes": 6, "large": 1, "word": 1, "number": 1, "icons": 1, "bars": 2, "pair": 2}
+LARGE = "any, large shapes"
 
 
 def arguments() -> argparse.Namespace:
@@ -111,6 +112,8 @@ def measure(
     def groups() -> Iterator[Group]:
         for seed, kind in zip(range(FIRST_SEED, FIRST_SEED + pictures), kinds(), strict=False):
             drawn = sample(seed, kind, held_out=True, usual_phrasing=usual_phrasing, questions=12)
+            if kind == "large":
+                drawn.talks = [tuple(replace(t, skill=LARGE) for t in u) for u in drawn.talks]
             yield packer.group(drawn, None)
 
     waiting = list(groups())

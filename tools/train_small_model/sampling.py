@@ -15,6 +15,7 @@ from .world import Picture, draw_shapes, draw_word, icon_font
 
 KIND_WEIGHTS: dict[str, float] = {
     "shapes": 5.0,
+    "large": 1.5,
     "word": 1.0,
     "number": 1.0,
     "icons": 1.0,
@@ -27,6 +28,7 @@ KIND_WEIGHTS: dict[str, float] = {
 FOR_THE_EYES: dict[str, float] = {
     "mix": 5.0,
     "shapes": 3.0,
+    "large": 1.0,
     "word": 0.7,
     "number": 0.7,
     "icons": 1.5,
@@ -67,8 +69,8 @@ def sample(
         return _pair(rng, ask, min(most, 5), questions)
     if kind == "word":
         picture = draw_word(rng, held_out)
-    elif kind == "shapes":
-        picture = draw_shapes(rng, most)
+    elif kind in ("shapes", "large"):
+        picture = draw_shapes(rng, most, kind == "large")
     else:
         picture = DRAW[kind](rng)
     return Sample(kind, [picture], _talks(rng, ask, picture, questions))

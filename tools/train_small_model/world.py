@@ -181,25 +181,31 @@ def _radii(rng: random.Random, n: int, low: float, high: float) -> list[float]:
 
 
 def _spots(rng: random.Random, n: int) -> list[Spot]:
-    """``n`` places in different cells of a grid of 4 x 4; few things may stand on a coarser one."""
-    if n == 1 and rng.random() < 0.4:
-        r = rng.uniform(0.09, 0.34)
-        return [(rng.uniform(r + 0.01, 0.99 - r), rng.uniform(r + 0.01, 0.99 - r), r)]
-    across, low, high = CELLS, 0.062, 0.118
-    if n <= 4 and rng.random() < 0.35:
-        across, low, high = 2, 0.09, 0.22
-    elif rng.random() < 0.15:
-        across, low, high = 3, 0.065, 0.15
-    cells = rng.sample(range(across * across), n)
+    """``n`` places in different cells of a grid of 4 x 4, each big enough for its thing."""
+    cells = rng.sample(range(CELLS * CELLS), n)
     return [
-        _cell_spot(rng, cell, across, r)
-        for cell, r in zip(cells, _radii(rng, n, low, high), strict=True)
+        _cell_spot(rng, cell, CELLS, r)
+        for cell, r in zip(cells, _radii(rng, n, 0.075, 0.118), strict=True)
     ]
 
 
-def draw_shapes(rng: random.Random, most: int = 9) -> Picture:
-    """One to nine shapes; a third of the pictures keep to few names and colours."""
-    n = rng.randint(1, most)
+def _large_spots(rng: random.Random, n: int) -> list[Spot]:
+    """One large place anywhere, or up to four on a grid of 2 x 2."""
+    if n == 1:
+        r = rng.uniform(0.12, 0.34)
+        return [(rng.uniform(r + 0.01, 0.99 - r), rng.uniform(r + 0.01, 0.99 - r), r)]
+    return [
+        _cell_spot(rng, cell, 2, r)
+        for cell, r in zip(rng.sample(range(4), n), _radii(rng, n, 0.12, 0.22), strict=True)
+    ]
+
+
+def draw_shapes(rng: random.Random, most: int = 9, large: bool = False) -> Picture:
+    """One to nine shapes; a third of the pictures keep to few names and colours.
+
+    ``large`` ones are at most four, and reach over many tokens.
+    """
+    n = rng.randint(1, min(4, most) if large else most)
     names, colours = list(SHAPES), list(COLOURS)
     if n > 2 and rng.random() < 0.35:
         names = rng.sample(names, 2)
@@ -207,7 +213,7 @@ def draw_shapes(rng: random.Random, most: int = 9) -> Picture:
         colours = rng.sample(colours, 2)
     image, draw, side = _canvas(rng)
     things = []
-    for x, y, r in _spots(rng, n):
+    for x, y, r in _large_spots(rng, n) if large else _spots(rng, n):
         thing = Thing(rng.choice(names), rng.choice(colours), x, y, r)
         draw_shape(draw, thing, side, _tint(rng, thing.colour))
         things.append(thing)

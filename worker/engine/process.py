@@ -64,7 +64,7 @@ class ProcessEngine:
         self._lock = threading.Lock()
         self._open: dict[int, _Open] = {}
         self._numbers = itertools.count()
-        self._connection: Connection[ToEngine, Any] | None = None
+        self._outbox: _Outbox | None = None  # of the process that runs, once its model is loaded
         self._process: multiprocessing.process.BaseProcess | None = None
         self._gave_up = False
         self._closing = threading.Event()
@@ -93,7 +93,7 @@ class ProcessEngine:
 
     @property
     def alive(self) -> bool:
-        return self._connection is not None
+        return self._outbox is not None
 
     @property
     def pid(self) -> int | None:
@@ -114,8 +114,7 @@ class ProcessEngine:
     def close(self) -> None:
         atexit.unregister(self.close)
         self._closing.set()
-        # Without the lock: whoever holds it may be sending to a process that does not listen, and
-        # the kill frees it. (`_start` looks at `_closing` once it has set `_process`.)
+        # (`_start` looks at `_closing` once it has set `_process`.)
         if (process := self._process) is not None:
             process.kill()
         if threading.current_thread() is not self._keeper:
@@ -127,26 +126,20 @@ class ProcessEngine:
             if waiting is not None and not waiting.sent:
                 del self._open[number]
                 waiting.handle.publish(Stopped("cancelled"))
-            elif waiting is not None and self._connection is not None:
-                self._tell(Cancel(number))
+            elif waiting is not None and self._outbox is not None:
+                self._outbox.put(Cancel(number))
 
     def _send(self, number: int) -> None:
         """Send a request with what is left of its time, if the process is up (lock held)."""
         waiting = self._open[number]
-        if self._connection is None:
+        if self._outbox is None:
             return
         request, deadline = _without_urls(waiting.request), waiting.request.deadline_seconds
         if deadline is not None:
             left = deadline - (time.monotonic() - waiting.submitted)
             request = replace(request, deadline_seconds=max(left, 0.0))
         waiting.sent = True
-        self._tell(Submit(number, request))
-
-    def _tell(self, message: ToEngine) -> None:
-        assert self._connection is not None
-        # If the process has just died, the keeper is about to see it and fails what was sent.
-        with suppress(OSError):
-            self._connection.send(message)
+        self._outbox.put(Submit(number, request))
 
     def _keep(self) -> None:
         """Start the process again and again, and hand out what it says."""
@@ -203,7 +196,7 @@ class ProcessEngine:
         with self._lock:
             self._info = info
             self._gave_up = False
-            self._connection = connection
+            self._outbox = outbox
             for number in list(self._open):
                 self._send(number)
         self._started.set()
@@ -215,8 +208,10 @@ class ProcessEngine:
             if request is not None:
                 request.handle.publish(message.event)
         with self._lock:
-            self._connection = None
+            self._outbox = None
             self._fail_open(sent_only=True)
+        outbox.put(None)
+        sender.join()
 
     def _fail_open(self, *, sent_only: bool) -> None:
         """Fail the requests that were in the process, or all (lock held)."""

@@ -83,7 +83,7 @@ class FaultyServer:
                 server.seen.append(Seen(self.command, self.path, headers, body))
                 server.act(self, server.seen[-1], server.faults.pop(0) if server.faults else None)
 
-            do_GET = do_POST = do_DELETE = handle_any
+            do_GET = do_POST = do_DELETE = handle_any  # noqa: N815  # names of http.server
 
             def log_message(self, format: str, *args: object) -> None:
                 """Say nothing."""
