@@ -37,6 +37,9 @@ FOR_THE_EYES: dict[str, float] = {
 """The same for the first part of training, in which nothing is asked."""
 
 
+MOST = 4
+"""Shapes in a picture at the most, unless the caller says otherwise (up to nine)."""
+
 MOST_ABOUT_TEXT = 3
 """There is little to ask about a word."""
 
@@ -49,7 +52,7 @@ def sample(
     *,
     held_out: bool = False,
     usual_phrasing: bool = False,
-    most: int = 9,
+    most: int = MOST,
     questions: int = 10,
     weights: Mapping[str, float] | None = None,
 ) -> Sample:

@@ -28,6 +28,7 @@ from .build import build_config, build_model, build_tokenizer, generation_config
 from .dense import HEADS, DenseHeads
 from .optimiser import Masters
 from .packing import Batch, Batches, Packer, Shape, attention_mask
+from .sampling import MOST, sample
 
 DTYPE = torch.bfloat16
 WARMUP_STEPS = 60
@@ -161,7 +162,7 @@ def main() -> None:
         args.seed,
         steps,
         args.eyes_steps,
-        most=lambda n: int((read_weights(steer) or {}).get("most", 9)),
+        most=lambda n: int((read_weights(steer) or {}).get("most", MOST)),
         weights=lambda: read_weights(steer),
     )
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, prefetch_factor=3)
@@ -220,8 +221,6 @@ def main() -> None:
 
 def _all_skills() -> list[str]:
     """Every skill's name, in a fixed order, so that all drawing processes number them alike."""
-    from .sampling import sample
-
     found: set[str] = set()
     for seed in random.Random(0).sample(range(10**6), 600):
         found |= {turn.skill for talk in sample(seed).talks for turn in talk}

@@ -19,7 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, Final
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from typing import Any, Final, TypeAlias
 
 from visq.errors import ConfigurationError, EngineCrashed
 from visq.types import ImagePart, ImageUrl, Message
@@ -39,6 +41,9 @@ DIED_LOADING: Final = (
     "the engine process died while it loaded the model; if it was killed, the machine has too "
     "little memory for this model"
 )
+
+
+_Outbox: TypeAlias = SimpleQueue[ToEngine | None]
 
 
 @dataclass(eq=False, slots=True)
@@ -65,7 +70,7 @@ class ProcessEngine:
         self._open: dict[int, _Open] = {}
         self._numbers = itertools.count()
         self._outbox: _Outbox | None = None  # of the process that runs, once its model is loaded
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: BaseProcess | None = None
         self._gave_up = False
         self._closing = threading.Event()
         self._started = threading.Event()
@@ -193,6 +198,12 @@ class ProcessEngine:
 
     def _serve(self, connection: Connection[ToEngine, Any], info: EngineInfo) -> None:
         """Hand out events until the process ends."""
+        process, outbox = self._process, _Outbox()
+        assert process is not None
+        # In a thread of its own, so that a process that hangs holds up neither `submit` nor
+        # `cancel` when the pipe is full.
+        sender = threading.Thread(target=_send_all, args=(outbox, connection, process), daemon=True)
+        sender.start()
         with self._lock:
             self._info = info
             self._gave_up = False
@@ -210,6 +221,7 @@ class ProcessEngine:
         with self._lock:
             self._outbox = None
             self._fail_open(sent_only=True)
+        process.kill()  # if it has not ended, but said something that nobody understands
         outbox.put(None)
         sender.join()
 
@@ -252,6 +264,17 @@ class ProcessEngine:
             return connection.recv()
         except (EOFError, OSError):
             return None
+
+
+def _send_all(outbox: _Outbox, connection: Connection[ToEngine, Any], process: BaseProcess) -> None:
+    """Send until ``None`` comes. If that fails, the process is of no more use: the keeper sees its
+    end, and fails what it had."""
+    try:
+        with suppress(OSError):  # it has just died
+            while (message := outbox.get()) is not None:
+                connection.send(message)
+    finally:
+        process.kill()
 
 
 def _without_urls(request: EngineRequest) -> EngineRequest:

@@ -24,7 +24,7 @@ from visq.errors import ConfigurationError, ContextLengthExceeded, EngineCrashed
 from visq.pixels import PixelBuffer
 from visq.types import ImagePart, ImageUrl, Message
 from worker.engine.config import EngineConfig
-from worker.engine.face import EngineRequest, Handle, Outcome, Stopped, TokenEvent
+from worker.engine.face import EngineRequest, Outcome, Stopped, TokenEvent
 from worker.engine.generate import GenerateEngine
 from worker.engine.process import ProcessEngine
 
@@ -226,16 +226,13 @@ def test_closing_fails_what_is_open_though_the_process_hangs(vision_model: Path)
     process = psutil.Process(engine.pid)
     running = engine.submit(ask(**ENDLESS))
     process.suspend()
-    more_than_the_pipe_holds = ask("a" * 1_000_000)
-    stuck: list[Handle] = []
-    sender = threading.Thread(target=lambda: stuck.append(engine.submit(more_than_the_pipe_holds)))
-    sender.start()
-    until(engine._lock.locked, 20, "the pipe to be full")
+    waiting = [engine.submit(ask("a" * 1_000_000)) for _ in range(3)]  # more than a pipe holds
+    waiting[0].cancel()
+    threads = threading.active_count()
     engine.close()
     engine.close()
-    sender.join()
-    for handle in (running, *stuck, engine.submit(ask())):
+    for handle in (running, *waiting, engine.submit(ask())):
         assert isinstance(failed(handle.result()).error, EngineCrashed)
     assert not engine.alive
     assert not process.is_running()
-    assert not engine._keeper.is_alive()
+    assert threading.active_count() == threads - 2, "the keeper and the sender have ended"

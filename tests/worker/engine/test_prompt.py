@@ -90,6 +90,19 @@ def test_the_prompt_is_the_one_that_the_processor_makes(
     assert all(torch.equal(built[name], expected[name]) for name in built)
 
 
+def test_a_changed_picture_changes_the_prompt_at_its_place_only(
+    vision: PromptBuilder, picture: Callable[[int], PixelBuffer]
+) -> None:
+    def pixels(*seeds: int) -> torch.Tensor:
+        images = [picture(seed) for seed in seeds]
+        return vision.build([user(None, "and", None)], images, do_preprocess=True)["pixel_values"]
+
+    first, second = pixels(1, 2), pixels(1, 3)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+    assert torch.equal(pixels(2, 1), first.flip(0))
+
+
 @pytest.mark.parametrize("forged", RESERVED)
 def test_user_text_forges_no_special_token_and_no_image(
     vision: PromptBuilder,
