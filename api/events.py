@@ -114,6 +114,7 @@ class JobEvents:
         if last_event_id is not None and _STREAM_ID.fullmatch(last_event_id):
             start = f"({last_event_id}"
         ended: Job | None = None
+        attempt = 0
         with self._watch.watching(self._job_id) as watcher:
             watcher.wake(ended=True)  # it may have ended long ago
             while not self._watch.stopping:
@@ -128,7 +129,10 @@ class JobEvents:
                 for entry in entries:
                     start = f"({entry.id}"
                     if entry.event.type != "end":
-                        yield _token_or_attempt(entry)
+                        # A run that has lost its job speaks on until it knows.
+                        if entry.event.attempt >= attempt:
+                            attempt = entry.event.attempt
+                            yield _token_or_attempt(entry)
                         continue
                     job = await self._row_if_ended()
                     if job is not None and _is_end_of(entry.event, job):

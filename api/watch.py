@@ -155,6 +155,9 @@ class Watch:
                 if not away:
                     log.warning("no notes from Redis, only looks at the database", error=str(error))
                 away = True
+            except Exception:
+                # A bug must not end the notes of all later requests.
+                log.exception("listening to Redis failed")
             finally:
                 self._pubsub = None
             await asyncio.sleep(RECONNECT_SECONDS)
@@ -170,6 +173,8 @@ class Watch:
                     self._wake(await self._database.read(_ended, chunk), ended=True)
             except Unavailable as error:
                 log.warning("the database does not answer", error=str(error))
+            except Exception:
+                log.exception("looking for ended jobs failed")
 
 
 def _ended(session: Session, job_ids: Sequence[str]) -> Sequence[str]:

@@ -1,4 +1,8 @@
-"""The life of a batch: counters that equal its rows, the window in the broker, cancellation."""
+"""The life of a batch: counters that equal its rows, the window in the broker, cancellation.
+
+An item's end locks the item's row and then its batch's. So nothing here waits for the row of an
+item while it holds that of a batch.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +37,19 @@ def count_end(session: Session, batch_id: str, status: JobStatus) -> None:
         session.flush()
 
 
-def uncount_failed(session: Session, batch_id: str) -> None:
-    """A failed item is retried by a call: it is no longer ended, and so is its batch."""
-    session.execute(
+def uncount_failed(session: Session, batch_id: str) -> bool:
+    """A failed item is retried by a call: it has no longer ended, and neither has its batch.
+
+    False if the batch is being cancelled: then nothing of it may start.
+    """
+    reopened = session.scalars(
         update(Batch)
-        .where(Batch.id == batch_id)
-        .values(failed=Batch.failed - 1, status=BatchStatus.IN_PROGRESS, finished_at=None),
+        .where(Batch.id == batch_id, Batch.status != BatchStatus.CANCELLING)
+        .values(failed=Batch.failed - 1, status=BatchStatus.IN_PROGRESS, finished_at=None)
+        .returning(Batch.id),
         execution_options={"synchronize_session": False},
     )
+    return reopened.one_or_none() is not None
 
 
 def fill_windows(session: Session, window: int) -> int:
@@ -69,23 +78,25 @@ def _fill_window(session: Session, batch_id: str, window: int) -> int:
     free = window - (in_broker or 0)
     if free <= 0:
         return 0
-    following = (
-        select(Job.id).where(*queued, Job.publish_at.is_(None)).order_by(Job.position).limit(free)
-    )
-    let_in = session.scalars(
-        update(Job)
-        .where(Job.id.in_(following.scalar_subquery()), Job.status == JobStatus.QUEUED)
-        .values(publish_at=db_now())
-        .returning(Job.id),
+    following = session.scalars(
+        select(Job.id)
+        .where(*queued, Job.publish_at.is_(None))
+        .order_by(Job.position)
+        .limit(free)
+        .with_for_update(skip_locked=True)  # an item that ends just now waits for the batch
+    ).all()
+    session.execute(
+        update(Job).where(Job.id.in_(following)).values(publish_at=db_now()),
         execution_options={"synchronize_session": False},
     )
-    return len(let_in.all())
+    return len(following)
 
 
 def request_cancel(session: Session, batch_id: str) -> Batch:
-    """Stop a batch: from now on none of its items starts, and running ones are asked to stop.
+    """Stop a batch: from now on none of its items starts.
 
-    The maintenance loop ends the pending items (`pending_of_cancelled`), a chunk at a time.
+    The maintenance loop ends the pending items and asks the running ones to stop (`to_cancel`), a
+    chunk at a time.
 
     :raises NotFound: no such batch.
     """
@@ -96,32 +107,22 @@ def request_cancel(session: Session, batch_id: str) -> Batch:
         .values(status=BatchStatus.CANCELLING),
         execution_options={"synchronize_session": False},
     )
-    batch = session.scalars(
+    return session.scalars(
         select(Batch).where(Batch.id == batch_id).execution_options(populate_existing=True)
     ).one()
-    if batch.status is BatchStatus.CANCELLING:
-        session.execute(
-            update(Job)
-            .where(
-                Job.batch_id == batch_id,
-                Job.status == JobStatus.RUNNING,
-                Job.cancel_requested_at.is_(None),
-            )
-            .values(cancel_requested_at=db_now()),
-            execution_options={"synchronize_session": False},
-        )
-    return batch
 
 
-def pending_of_cancelled(session: Session, limit: int) -> list[str]:
-    """Ids of items that still wait in a batch that is being cancelled."""
+def to_cancel(session: Session, limit: int) -> list[str]:
+    """Ids of items to cancel in batches that are being cancelled: those that wait, and those that
+    run and were not asked to stop yet (also if they were claimed while the cancellation came)."""
     cancelling = select(Batch.id).where(Batch.status == BatchStatus.CANCELLING)
     return list(
         session.scalars(
             select(Job.id)
             .where(
                 Job.batch_id.in_(cancelling),
-                Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED]),
+                Job.status.in_([JobStatus.QUEUED, JobStatus.RUNNING]),
+                Job.cancel_requested_at.is_(None),
             )
             .order_by(Job.id)
             .limit(limit)

@@ -12,11 +12,12 @@ a write fails at once whatever the busy timeout, and SQLite's own busy wait is u
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -143,7 +144,7 @@ def _checked_url(url: str) -> URL:
 
 @contextmanager
 def _typed_outage() -> Iterator[None]:
-    """A lost connection becomes ``Unavailable``; every other database error is a bug and passes."""
+    """What may pass by itself becomes ``Unavailable``; every other database error is a bug."""
     try:
         yield
     except PoolTimeoutError as error:
@@ -151,6 +152,8 @@ def _typed_outage() -> Iterator[None]:
     except DBAPIError as error:
         if error.connection_invalidated or _cannot_connect(error):
             raise Unavailable("the database does not answer; try again") from error
+        if _gave_way(error):
+            raise Unavailable("the database is too busy for this just now; try again") from error
         raise
 
 
@@ -158,6 +161,23 @@ def _cannot_connect(error: DBAPIError) -> bool:
     # psycopg reports a refused or broken connection as OperationalError without an SQLSTATE.
     module = type(error.orig).__module__
     return module.startswith("psycopg") and getattr(error.orig, "sqlstate", None) is None
+
+
+_GAVE_WAY: Final = (
+    "40",  # transaction rolled back: deadlock, serialization failure
+    "53",  # insufficient resources: connections, disk, memory
+    "55P03",  # lock not available
+    "57",  # operator intervention: shutdown, statement cancelled
+)
+"""Beginnings of PostgreSQL's SQLSTATEs for a transaction that may succeed when it is repeated."""
+
+
+def _gave_way(error: DBAPIError) -> bool:
+    """Whether others were in the way: the transaction was rolled back, and can be repeated."""
+    if isinstance(error.orig, sqlite3.OperationalError):
+        # The low byte is the primary code, whatever the extended one says.
+        return error.orig.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+    return str(getattr(error.orig, "sqlstate", None)).startswith(_GAVE_WAY)
 
 
 class Database:

@@ -32,16 +32,18 @@ class DueJob:
 def reserve_due(session: Session, *, limit: int, republish_seconds: float) -> list[DueJob]:
     """Take jobs that are due for publishing; a crash before they are published only delays them
     by `republish_seconds`."""
-    due = (
+    # Not a subquery of the UPDATE: PostgreSQL may run one with SKIP LOCKED again for each row, and
+    # each run takes `limit` other rows.
+    due = session.scalars(
         select(Job.id)
         .where(Job.status == JobStatus.QUEUED, Job.publish_at <= db_now())
         .order_by(Job.publish_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
-    )
+    ).all()
     rows = session.execute(
         update(Job)
-        .where(Job.id.in_(due.scalar_subquery()), Job.status == JobStatus.QUEUED)
+        .where(Job.id.in_(due))
         .values(publish_at=db_now(republish_seconds), publishes=Job.publishes + 1)
         .returning(Job.id, Job.lane, Job.publishes),
         execution_options={"synchronize_session": False},

@@ -47,6 +47,9 @@ from visq.types import BatchStatus, JobStatus, Prompt
 PUBLISH_GRACE_SECONDS = 2.0
 """How long the process that queued a job has to publish it before the maintenance loop does."""
 
+LONGEST_BACKOFF = 300.0
+"""Seconds before another attempt at most, unless the first wait is longer already."""
+
 PENDING = (JobStatus.WAITING, JobStatus.QUEUED)
 
 
@@ -140,19 +143,22 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
             if job is not None and claim.session_id is not None:
                 sessions.append(session, job, messages)
         case Failed(error, backoff_seconds):
+            job = None
             if error.retryable:
                 requeued = _requeue(session, claim.job_id, fence, str(error), backoff_seconds)
                 if requeued is not None:
                     return requeued
-            job = _move(
-                session,
-                claim.job_id,
-                JobStatus.RUNNING,
-                JobStatus.FAILED,
-                fence,
-                values={**_error(error), "failures": Job.failures + 1, **_ended()},
-                reason=error.code,
-            )
+                job = _cancel_if_asked(session, claim.job_id, fence)
+            if job is None:
+                job = _move(
+                    session,
+                    claim.job_id,
+                    JobStatus.RUNNING,
+                    JobStatus.FAILED,
+                    fence,
+                    values={**_error(error), "failures": Job.failures + 1, **_ended()},
+                    reason=error.code,
+                )
         case Cancelled():
             job = _move(
                 session,
@@ -180,10 +186,14 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
                 JobStatus.RUNNING,
                 JobStatus.QUEUED,
                 fence,
+                Job.cancel_requested_at.is_(None),
                 values=_queued(),
                 reason=reason,
             )
-            return None if job is None else Transition(job, queued=[QueuedJob(job.id, job.lane)])
+            if job is not None:
+                return Transition(job, queued=[QueuedJob(job.id, job.lane)])
+            # Nobody claims a job that was asked to stop: in the queue it would stay for ever.
+            job = _cancel_if_asked(session, claim.job_id, fence)
     return None if job is None else _after_end(session, job)
 
 
@@ -229,7 +239,8 @@ def retry(session: Session, job_id: str) -> Transition:
     """Queue a failed job again, with all its attempts.
 
     :raises NotFound: no such job.
-    :raises NotRetriable: it has not failed, or it is a turn that later turns have followed.
+    :raises NotRetriable: it has not failed, it is a turn that later turns have followed, or its
+        batch is being cancelled.
     """
     job = _locked(session, get(session, job_id))
     if job.status is not JobStatus.FAILED:
@@ -241,8 +252,8 @@ def retry(session: Session, job_id: str) -> Transition:
                 f"job {job_id} is turn {job.turn} of {job.session_id}, and later turns have "
                 "followed; submit it as a new turn"
             )
-    if job.batch_id is not None:
-        batches.uncount_failed(session, job.batch_id)
+    if job.batch_id is not None and not batches.uncount_failed(session, job.batch_id):
+        raise NotRetriable(f"job {job_id} is of {job.batch_id}, which is being cancelled")
     queued = _move(
         session,
         job_id,
@@ -398,7 +409,7 @@ def _requeue(
 ) -> Transition | None:
     """A counted attempt is over: queue the job again if attempts are left, later each time."""
     failures = session.scalar(select(Job.failures).where(Job.id == job_id)) or 0
-    delay = backoff_seconds * 2**failures
+    delay = min(backoff_seconds * 2**failures, max(backoff_seconds, LONGEST_BACKOFF))
     job = _move(
         session,
         job_id,
@@ -412,6 +423,20 @@ def _requeue(
     )
     # It is published by the maintenance loop, when its back-off is over.
     return None if job is None else Transition(job)
+
+
+def _cancel_if_asked(session: Session, job_id: str, guard: ColumnElement[bool]) -> Job | None:
+    """End a running job that was asked to stop and has stopped, for whatever reason."""
+    return _move(
+        session,
+        job_id,
+        JobStatus.RUNNING,
+        JobStatus.CANCELLED,
+        guard,
+        Job.cancel_requested_at.is_not(None),
+        values=_ended(),
+        reason="cancelled",
+    )
 
 
 def _after_end(session: Session, job: Job) -> Transition:

@@ -49,16 +49,17 @@ def add_result(session: Session, job: Job) -> OutboxEntry:
 
 def reserve(session: Session, limit: int) -> list[OutboxEntry]:
     """Take entries that are due, for `REDELIVERY_SECONDS`; other processes skip them."""
-    due = (
+    # Two statements, for the reason given in `models.dispatch.reserve_due`.
+    due = session.scalars(
         select(Outbox.id)
         .where(Outbox.available_at <= db_now())
         .order_by(Outbox.available_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
-    )
+    ).all()
     rows = session.execute(
         update(Outbox)
-        .where(Outbox.id.in_(due.scalar_subquery()))
+        .where(Outbox.id.in_(due))
         .values(available_at=db_now(REDELIVERY_SECONDS), tries=Outbox.tries + 1)
         .returning(Outbox.id, Outbox.kind, Outbox.payload),
         execution_options={"synchronize_session": False},

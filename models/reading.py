@@ -9,6 +9,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from models.database import db_now
 from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Tenant
 from visq.ids import new_id
 from visq.types import JobStatus, Lane, WaitingFor
@@ -127,7 +128,7 @@ def waiting_for(session: Session, job: Job, *, workers_alive: bool) -> WaitingFo
         return WaitingFor(reason="turn", job_id=earlier)
     if job.status is not JobStatus.QUEUED:
         return None
-    if job.run_after is not None:
+    if job.run_after is not None and session.scalar(select(db_now() < job.run_after)):
         return WaitingFor(reason="retry", at=job.run_after)
     if not workers_alive:
         return WaitingFor(reason="worker")

@@ -180,7 +180,7 @@ class Prompt(Wire):
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)] | None = None
     images: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=30_000_000)]],
-        Field(max_length=MAX_PARTS),
+        Field(max_length=MAX_PARTS - 1),  # the text is a part as well
     ] = []
     """Image references for ``prompt``, placed before its text in this order."""
     gen_config: GenerationConfig = GenerationConfig()

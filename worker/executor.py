@@ -43,6 +43,9 @@ log = structlog.get_logger(__name__)
 FLUSH_SECONDS = 0.03
 """Tokens that come faster than this go to Redis together."""
 
+ENGINE_LOOK_SECONDS = 0.2
+"""Time between two looks at an engine that is down."""
+
 
 class Executor:
     """Runs jobs, many at a time: `run` is called from as many threads as jobs are in flight."""
@@ -71,6 +74,8 @@ class Executor:
 
     def run(self, job_id: str) -> None:
         """Run the job if it is there to claim; a repeated message finds nothing."""
+        if not self._engine_is_up():
+            return  # the job is still queued, and is published again
         work = self._claim(job_id)
         if work is None:
             log.debug("nothing to claim", job=job_id)
@@ -88,6 +93,15 @@ class Executor:
 
     def close(self) -> None:
         self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    def _engine_is_up(self) -> bool:
+        """Wait for an engine that is down: a job claimed meanwhile would fail at once, and a worker
+        without an engine would so use up the attempts of all jobs. False: the worker shuts down."""
+        while not self._engine.alive:
+            if self._runs.shutting_down:
+                return False
+            time.sleep(ENGINE_LOOK_SECONDS)
+        return True
 
     def _claim(self, job_id: str) -> Work | None:
         try:
@@ -117,8 +131,9 @@ class Executor:
             return self._failed(VisqError("visq failed at this job; the worker's log says why"))
         match answer:
             case Finished():
+                text = _storable(answer.text)
                 result = JobResult(
-                    text=answer.text,
+                    text=text,
                     finish_reason=answer.finish_reason,
                     usage=Usage(
                         prompt_tokens=answer.prompt_tokens,
@@ -127,7 +142,7 @@ class Executor:
                     ),
                     model=self._engine.info.model,
                 )
-                reply = Message(role="assistant", content=answer.text)
+                reply = Message(role="assistant", content=text)
                 return Succeeded(result, [*turn, reply])
             case face.Failed(error):
                 return self._failed(error)
@@ -179,6 +194,7 @@ class Executor:
         images: list[PixelBuffer],
         stream: _TokenStream,
     ) -> face.Outcome:
+        left = None if work.expires_in is None else max(work.expires_in - run.seconds(), 0.0)
         handle = self._engine.submit(
             EngineRequest(
                 id=work.claim.job_id,
@@ -188,13 +204,13 @@ class Executor:
                 do_preprocess=work.prompt.do_preprocess,
                 adapter_name=work.prompt.adapter_name,
                 lane=work.lane,
-                deadline_seconds=work.expires_in,
+                deadline_seconds=left,
             )
         )
         run.attach(handle)
         for event in handle:
             if isinstance(event, TokenEvent):
-                stream.add(event.text)
+                stream.add(_storable(event.text))
             else:
                 stream.flush()
                 return event
@@ -215,6 +231,12 @@ class Executor:
                     break
                 log.warning("end not written yet", job=run.claim.job_id, error=str(error))
                 time.sleep(0.5)
+            except Exception:
+                if outcome is UNSTORABLE:
+                    raise
+                # The next attempt would end in the same way: better a failure than none at all.
+                log.exception("end not written; the job fails", job=run.claim.job_id)
+                outcome = UNSTORABLE
         return None
 
 
@@ -252,6 +274,14 @@ class _TokenStream:
         except redis.RedisError as error:
             self._broken = True
             log.warning("tokens not streamed", job=self._claim.job_id, error=str(error))
+
+
+UNSTORABLE = Failed(VisqError("the end of this job cannot be stored; the worker's log says why"))
+
+
+def _storable(text: str) -> str:
+    """What PostgreSQL can keep: a model may say any character, but U+0000 is none there."""
+    return text.replace("\0", "\ufffd")
 
 
 def _stopped(run: Run, reason: str) -> Outcome | None:

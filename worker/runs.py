@@ -7,6 +7,7 @@ nothing more), or because the worker shuts down (then its job is handed back).
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -35,10 +36,15 @@ class Run:
         self._lock = threading.Lock()
         self._handle: Handle | None = None
         self._stop_reason: StopReason | None = None
+        self._began = time.monotonic()
 
     @property
     def stop_reason(self) -> StopReason | None:
         return self._stop_reason
+
+    def seconds(self) -> float:
+        """How long it has run."""
+        return time.monotonic() - self._began
 
     def stop(self, reason: StopReason) -> None:
         """Stop the run; a lost lease outranks the other reasons."""
@@ -82,6 +88,11 @@ class Runs:
             threading.Thread(target=self._listen, name="cancel", daemon=True),
         ]
 
+    @property
+    def shutting_down(self) -> bool:
+        """Whether runs hand their jobs back."""
+        return self._shutting_down
+
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
@@ -123,13 +134,12 @@ class Runs:
             log.info("announcement left to its time-out")
 
     def heartbeat(self) -> None:
-        """Renew all leases; stop the runs whose jobs were cancelled or lost; announce the worker.
+        """Renew all leases; stop the runs whose jobs were cancelled or lost.
 
         :raises Unavailable: the database does not answer.
         """
         with self._lock:
             runs = dict(self._runs)
-        self._announce(len(runs))
         if not runs:
             return
         renewed = self._database.run(
@@ -147,12 +157,12 @@ class Runs:
         for run in lost:
             run.stop("lost")
 
-    def _announce(self, in_flight: int) -> None:
-        info = self._describe(in_flight)
+    def _announce(self) -> None:
+        info = self._describe(len(self._runs))
         ttl = max(1, round(3 * self._settings.heartbeat_seconds))
         try:
             announce_worker(self._redis, info, ttl_seconds=ttl)
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:
             log.warning("worker not announced", error=str(error))
 
     def _beat(self) -> None:
@@ -163,6 +173,7 @@ class Runs:
                 log.warning("leases not renewed", error=str(error))
             except Exception:
                 log.exception("heartbeat failed")
+            self._announce()  # after the leases: a Redis that hangs must not cost any
             self._closing.wait(self._settings.heartbeat_seconds)
 
     def _listen(self) -> None:
@@ -174,9 +185,12 @@ class Runs:
                     while not self._closing.is_set():
                         note = channel.get_message(timeout=1.0)
                         if note is not None:
-                            self._cancel(note["data"].decode())
-            except redis.RedisError as error:
+                            self._cancel(note["data"].decode(errors="replace"))
+            except (redis.RedisError, OSError) as error:
                 log.warning("not listening for cancels", error=str(error))
+                self._closing.wait(1.0)
+            except Exception:
+                log.exception("not listening for cancels")
                 self._closing.wait(1.0)
 
     def _cancel(self, job_id: str) -> None:

@@ -18,10 +18,10 @@ from api.routes.jobs import SUBMIT_ERRORS
 from api.services import Here
 from models import batches, reading
 from models.submit import submit_batch
-from models.tables import Batch, Job
+from models.tables import Job
 from models.views import batch_view, job_view
 from visq.errors import NotFound
-from visq.types import BatchRequest, BatchView, JobStatus, JobView, Page
+from visq.types import BatchRequest, BatchView, JobView, Page
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], dependencies=[Depends(authenticated)])
 
@@ -108,20 +108,11 @@ async def list_results(
 async def cancel_batch(here: Here, me: Me, batch_id: BatchIdPath) -> BatchView:
     """From now on none of its items starts. It is `cancelling` until the last one has ended; a
     batch that has ended is left as it is."""
-    batch, running = await me.database.run(_cancel, batch_id)
-    await here.delivery.parcel(stopping=running)
-    here.maintenance.wake()  # it ends the items that wait
+    batch = await me.database.run(batches.request_cancel, batch_id)
+    here.maintenance.wake()  # it ends the items that wait, and stops those that run
     return batch_view(batch)
 
 
 def _results(session: Session, batch_id: str, after_position: int, limit: int) -> list[Job]:
     batches.get(session, batch_id)
     return reading.batch_results(session, batch_id, after_position=after_position, limit=limit)
-
-
-def _cancel(session: Session, batch_id: str) -> tuple[Batch, list[str]]:
-    batch = batches.request_cancel(session, batch_id)
-    running = reading.list_jobs(
-        session, batch_id=batch_id, status=JobStatus.RUNNING, limit=batch.total
-    )
-    return batch, [job.id for job in running]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Header, Query, Response
@@ -40,6 +41,7 @@ from visq.errors import (
     NotFound,
     NotRetriable,
     PayloadTooLarge,
+    Unavailable,
     UnsupportedMediaType,
 )
 from visq.types import JobEventView, JobRequest, JobStatus, JobView, Lane, Page
@@ -117,7 +119,8 @@ async def submit(
     await here.delivery.parcel(submitted.queued)
     seconds = wait_of(prefer)
     if seconds is not None:
-        job = await here.watch.until_ended(me.database, job.id, seconds)
+        with suppress(Unavailable):  # it is accepted, whatever happens from here on
+            job = await here.watch.until_ended(me.database, job.id, seconds)
         response.headers["Preference-Applied"] = f"wait={seconds}"
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if job.status.is_terminal:

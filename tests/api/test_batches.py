@@ -87,7 +87,11 @@ def test_a_cancelled_batch_ends_without_starting_another_item(
     claim = worker.begin(ids[0])
     cancelled = client.post(f"/v1/batches/{batch['id']}/cancel").json()
     assert cancelled["status"] == "cancelling"
-    assert worker.database.read(jobs.get, ids[0]).cancel_requested_at is not None
+    until(
+        lambda: worker.database.read(jobs.get, ids[0]).cancel_requested_at,
+        10,
+        "the running item to be asked to stop",
+    )
     worker.stop(claim)
     ended = until(
         lambda: (

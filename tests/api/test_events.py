@@ -145,6 +145,23 @@ def test_a_second_attempt_discards_the_text_of_the_first(
     assert said([*before, *rest]) == "Three."
 
 
+def test_a_run_that_has_lost_its_job_is_not_heard_any_more(
+    client: httpx2.Client, worker: PlayedWorker
+) -> None:
+    job = submit(client)
+    lost = worker.begin(job["id"])
+    worker.say(lost, "Th")
+    worker.fail(lost)
+    client.post(f"/v1/jobs/{job['id']}/retry")
+    claim = worker.begin(job["id"])
+    worker.say(claim, "Thr")
+    worker.say(lost, "ree or four")
+    worker.say(claim, "ee.")
+    worker.succeed(claim, "Three.")
+    with client.stream("GET", f"/v1/jobs/{job['id']}/events") as response:
+        assert said(list(events_of(response))) == "Three."
+
+
 def test_a_repeated_end_is_shown_once(client: httpx2.Client, worker: PlayedWorker) -> None:
     job = submit(client)
     worker.answer(job["id"])

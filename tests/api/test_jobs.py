@@ -37,6 +37,14 @@ def test_a_submitted_job_is_accepted_and_can_be_looked_at(client: httpx2.Client)
     assert seen | {"waiting_for": None} == job
 
 
+def test_as_many_images_as_a_message_has_room_for_are_taken(client: httpx2.Client) -> None:
+    images = [f"s3://pictures/{number}.png" for number in range(256)]
+    assert client.post("/v1/jobs", json=ASK | {"images": images[:255]}).status_code == 202
+    response = client.post("/v1/jobs", json=ASK | {"images": images})
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == "images"
+
+
 def test_an_unknown_job_is_not_found(client: httpx2.Client) -> None:
     response = client.get(f"/v1/jobs/job_{'0' * 32}")
     assert response.status_code == 404

@@ -63,4 +63,4 @@ def test_visq_demo_ends_with_status_0(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "26 of 26 results came through the queue" in done.stdout
+    assert "26 by the queue, 26 by Redis" in done.stdout

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
+import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
 from models import batches, dispatch, jobs
-from models.tables import Batch
+from models.database import Database
+from models.tables import Batch, Job
 from models.views import batch_view
 from tests.models.conftest import PERMANENT, World
+from visq.errors import NotRetriable
 from visq.types import BatchStatus
 from visq.types import JobStatus as S
 
@@ -62,6 +69,14 @@ def test_only_a_window_of_each_batch_is_in_the_broker_and_room_is_filled(world: 
     assert fill(world, 4) == first_of_large[4:6]
 
 
+def test_no_more_is_taken_than_asked_for(world: World) -> None:
+    world.submit_batch(12)
+    assert world.database.run(batches.fill_windows, 8) == 8
+    for expected in (3, 3, 2):
+        due = world.database.run(dispatch.reserve_due, limit=3, republish_seconds=3600)
+        assert len(due) == expected
+
+
 def test_a_cancelled_batch_starts_nothing_more_and_ends_in_chunks(world: World) -> None:
     batch_id = world.submit_batch(5)
     running, queued, *_ = ids(world, batch_id)
@@ -69,11 +84,11 @@ def test_a_cancelled_batch_starts_nothing_more_and_ends_in_chunks(world: World) 
     world.database.run(batches.request_cancel, batch_id)
 
     assert world.claim(queued) is None
-    [renewed] = world.database.run(jobs.renew, [work.claim], lease_seconds=30)
-    assert renewed.cancel_requested
-    while chunk := world.database.read(batches.pending_of_cancelled, 2):
+    while chunk := world.database.read(batches.to_cancel, 2):
         for job_id in chunk:
             world.database.run(jobs.cancel, job_id)
+    [renewed] = world.database.run(jobs.renew, [work.claim], lease_seconds=30)
+    assert renewed.cancel_requested
     assert batch(world, batch_id).status is BatchStatus.CANCELLING
     world.finish(work, PERMANENT)
     assert batch(world, batch_id).status is BatchStatus.CANCELLED
@@ -91,6 +106,55 @@ def test_retrying_an_item_opens_its_batch_again(world: World) -> None:
     world.succeed(item)
     assert batch_view(batch(world, batch_id)).counts.succeeded == 1
     assert batch(world, batch_id).status is BatchStatus.COMPLETED
+
+
+def test_a_retry_does_not_call_off_the_cancellation_of_its_batch(world: World) -> None:
+    batch_id = world.submit_batch(2)
+    failed, _ = ids(world, batch_id)
+    world.finish(world.claimed(failed), PERMANENT)
+    world.database.run(batches.request_cancel, batch_id)
+
+    with pytest.raises(NotRetriable, match="cancelled"):
+        world.database.run(jobs.retry, failed)
+    assert batch(world, batch_id).status is BatchStatus.CANCELLING
+    assert batch(world, batch_id).failed == 1
+
+
+@pytest.mark.parametrize(
+    ("locked_by", "status"),
+    [("cancel", BatchStatus.CANCELLING), ("fill", BatchStatus.IN_PROGRESS)],
+)
+def test_nothing_waits_for_an_item_while_it_holds_the_batch(
+    world: World, locked_by: str, status: BatchStatus
+) -> None:
+    """An item's end locks the item, then the batch: who goes the other way meets a deadlock."""
+    batch_id = world.submit_batch(2)
+    first, second = ids(world, batch_id)
+    if locked_by == "cancel":
+        world.claimed(first)
+    other = Database(world.database.engine.url.render_as_string(hide_password=False))
+
+    def touch_the_batch() -> None:
+        if locked_by == "cancel":
+            other.run(batches.request_cancel, batch_id)
+        else:
+            other.run(batches.fill_windows, 10)
+
+    def end_an_item(session: Session) -> threading.Thread:
+        session.scalars(select(Job).where(Job.id == first).with_for_update()).one()
+        thread = threading.Thread(target=touch_the_batch)
+        thread.start()
+        # SQLite has one writer: there the other only comes after this one.
+        thread.join(timeout=1.0 if world.database.engine.name == "sqlite" else 10.0)
+        assert thread.is_alive() is (world.database.engine.name == "sqlite")
+        return thread
+
+    world.database.run(end_an_item).join()
+    assert batch(world, batch_id).status is status
+    if locked_by == "fill" and world.database.engine.name == "postgresql":
+        due = world.database.run(dispatch.reserve_due, limit=10, republish_seconds=3600)
+        assert [job.id for job in due] == [second], "the locked item comes in the next round"
+    other.close()
 
 
 def test_items_take_the_gen_config_of_the_batch_unless_they_give_their_own(world: World) -> None:

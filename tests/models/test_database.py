@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from migrations import run as migrations
 from models import jobs, reading
 from models.database import AsyncDatabase, Database
-from models.tables import Job
+from models.tables import Job, Tenant
 from tests.models.conftest import World
 from visq.errors import ConfigurationError, NotFound, Unavailable
 
@@ -75,10 +77,35 @@ def test_a_read_only_transaction_on_sqlite_refuses_to_upgrade_silently(sqlite_ur
         writer.run(reading.ensure_tenants, ["between"])
         reading.ensure_tenants(session, ["late"])
 
-    with pytest.raises(OperationalError, match="locked"):
+    with pytest.raises(Unavailable) as raised:
         database.read(write_late)
+    assert "locked" in str(raised.value.__cause__)
     database.close()
     writer.close()
+
+
+def test_a_deadlock_is_an_outage_and_not_a_bug(postgres_url: str) -> None:
+    """A worker tries again to write the end of its run; the API answers 503 and not 500."""
+    migrations.upgrade(postgres_url)
+    database = Database(postgres_url)
+    names = ["one", "two"]
+    database.run(reading.ensure_tenants, names)
+    both_hold_one = threading.Barrier(2)
+
+    def lock(session: Session, first: str, second: str) -> None:
+        for name in (first, second):
+            session.scalars(select(Tenant).where(Tenant.name == name).with_for_update()).one()
+            if name == first:
+                both_hold_one.wait(10)
+
+    def lock_both(first: str, second: str) -> None:
+        database.run(lock, first, second)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(lock_both, *order) for order in (names, names[::-1])]
+    [error] = [run.exception() for run in runs if run.exception() is not None]
+    assert isinstance(error, Unavailable)
+    database.close()
 
 
 def test_a_database_that_does_not_answer_is_unavailable() -> None:

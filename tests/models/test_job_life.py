@@ -6,13 +6,15 @@ import threading
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from models import dispatch, jobs, outbox
-from models.outcomes import Cancelled, Expired, HandedBack
+from models.outcomes import Cancelled, Expired, Failed, HandedBack
 from models.tables import Job
 from tests.models.conftest import PERMANENT, TRANSIENT, World, answered
 from tests.waiting import until
-from visq.errors import NotRetriable
+from visq.errors import EngineCrashed, NotRetriable
 from visq.types import JobStatus as S
 
 NEVER = 3600.0
@@ -115,6 +117,29 @@ def test_a_job_that_is_handed_back_loses_no_attempt(world: World) -> None:
     assert world.job(job.id).failures == 0
 
 
+def test_a_cancelled_job_that_is_handed_back_ends(world: World) -> None:
+    work = world.claimed(world.submit().id)
+    world.database.run(jobs.cancel, work.claim.job_id)
+    ended = world.finish(work, HandedBack("shutdown"))
+    assert ended is not None
+    assert ended.job.status is S.CANCELLED
+    assert len(ended.events) == 1
+
+
+def test_the_back_off_does_not_grow_beyond_all_measure(world: World) -> None:
+    job = world.submit()
+
+    def many_failures(session: Session) -> None:
+        session.execute(update(Job).values(failures=97, max_attempts=100))
+
+    world.database.run(many_failures)
+    world.finish(world.claimed(job.id), Failed(EngineCrashed("the engine died")))
+    queued = world.job(job.id)
+    assert queued.run_after is not None
+    assert queued.publish_at is not None
+    assert queued.run_after - queued.created_at < timedelta(seconds=2 * jobs.LONGEST_BACKOFF)
+
+
 def test_a_renewed_lease_is_not_rescued_and_a_run_out_one_is(world: World) -> None:
     held, dead = world.submit().id, world.submit().id
     claim = world.claimed(held, lease_seconds=-1).claim
@@ -180,7 +205,7 @@ def test_a_retryable_error_after_a_cancellation_does_not_queue_the_job(world: Wo
     world.database.run(jobs.cancel, work.claim.job_id)
     ended = world.finish(work, TRANSIENT)
     assert ended is not None
-    assert ended.job.status.is_terminal
+    assert ended.job.status is S.CANCELLED
 
 
 def test_a_job_past_its_deadline_is_not_claimed_but_expires(world: World) -> None:

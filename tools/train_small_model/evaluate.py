@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from .packing import Batch, Group, Packer, Shape, attention_mask
-from .sampling import sample
+from .sampling import MOST, sample
 
 FIRST_SEED = 3_000_000
 KINDS = {"shapes": 6, "large": 1, "word": 1, "number": 1, "icons": 1, "bars": 2, "pair": 2}
@@ -38,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("model", type=Path)
     parser.add_argument("--pictures", type=int, default=1500)
+    parser.add_argument("--most", type=int, default=MOST, help="shapes in a picture at the most")
     parser.add_argument("--generate", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
@@ -103,7 +104,11 @@ def answers(
 
 
 def measure(
-    model: InternVLForConditionalGeneration, packer: Packer, pictures: int, usual_phrasing: bool
+    model: InternVLForConditionalGeneration,
+    packer: Packer,
+    pictures: int,
+    most: int,
+    usual_phrasing: bool,
 ) -> dict[str, Score]:
     """Scores by skill over so many held-out samples."""
     scores: dict[str, Score] = defaultdict(Score)
@@ -111,7 +116,14 @@ def measure(
 
     def groups() -> Iterator[Group]:
         for seed, kind in zip(range(FIRST_SEED, FIRST_SEED + pictures), kinds(), strict=False):
-            drawn = sample(seed, kind, held_out=True, usual_phrasing=usual_phrasing, questions=12)
+            drawn = sample(
+                seed,
+                kind,
+                held_out=True,
+                usual_phrasing=usual_phrasing,
+                most=most,
+                questions=12,
+            )
             if kind == "large":
                 drawn.talks = [tuple(replace(t, skill=LARGE) for t in u) for u in drawn.talks]
             yield packer.group(drawn, None)
@@ -171,8 +183,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
     packer = Packer(str(args.model / "tokenizer.json"), Shape(rows=32, images=40), {})
-    new = measure(model, packer, args.pictures, usual_phrasing=False)
-    usual = measure(model, packer, args.pictures, usual_phrasing=True)
+    new = measure(model, packer, args.pictures, args.most, usual_phrasing=False)
+    usual = measure(model, packer, args.pictures, args.most, usual_phrasing=True)
     print("| skill | held-out phrasing | trained phrasings | within 1 | guess | n |")
     print("| --- | --- | --- | --- | --- | --- |")
     figures: dict[str, dict[str, float]] = {}

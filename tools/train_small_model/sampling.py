@@ -37,7 +37,7 @@ FOR_THE_EYES: dict[str, float] = {
 """The same for the first part of training, in which nothing is asked."""
 
 
-MOST = 4
+MOST = 2
 """Shapes in a picture at the most, unless the caller says otherwise (up to nine)."""
 
 MOST_ABOUT_TEXT = 3

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from amqp.exceptions import PreconditionFailed
 from celery import Celery
-from kombu import Connection, Exchange, Queue
+from kombu import Connection, Exchange, Producer, Queue
 from kombu.exceptions import KombuError
 from kombu.pools import ProducerPool
 
@@ -67,7 +68,15 @@ class Broker:
             if queue is not None:
                 name = result_queue_name(event["visqtenant"], queue)
                 own = Queue(name, Exchange(""), routing_key=name, durable=True)
-                publish(**message, exchange="", routing_key=name, declare=[own])
+                try:
+                    publish(**message, exchange="", routing_key=name, declare=[own])
+                except PreconditionFailed:
+                    # It is there in another form (a quorum queue, one with a length limit): that
+                    # is its consumer's choice. The refusal has closed the channel.
+                    connection = p.connection
+                    assert connection is not None, "a producer of the pool has one"
+                    with connection.channel() as channel:
+                        Producer(channel).publish(**message, exchange="", routing_key=name)
 
     def depth(self, lane: Lane) -> int:
         """Messages that wait in the lane's queue, not counting those that workers hold."""

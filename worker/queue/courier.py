@@ -23,6 +23,9 @@ from worker.queue.broker import Broker
 
 log = structlog.get_logger(__name__)
 
+GIVE_UP_AFTER = 2
+"""Events refused one after the other: then it is not the event but the server."""
+
 
 def connect_redis(settings: Settings) -> redis.Redis:
     """A pooled client with time-outs, for values and streams."""
@@ -64,17 +67,36 @@ class Courier:
         )
 
     def publish_events(self, entries: Sequence[OutboxEntry]) -> None:
-        """Publish outbox entries to Redis and to the broker, and delete them.
+        """Publish outbox entries to Redis and to the broker, and delete them. One that is refused
+        stays, and does not hold up the others.
 
         :raises Unavailable: a server does not answer; what was not confirmed stays.
         """
+        published: list[str] = []
+        refusal: Unavailable | None = None
+        refused_in_a_row = 0
         for entry in entries:
             try:
-                self.events.end(entry.payload["data"])
-            except redis.RedisError as error:
-                raise Unavailable(f"Redis does not answer ({type(error).__name__})") from error
-            self.broker.publish_result(entry.payload)
-        self._database.run(outbox.done, [entry.id for entry in entries])
+                self._publish_event(entry)
+            except Unavailable as error:
+                refusal = error
+                refused_in_a_row += 1
+                if refused_in_a_row == GIVE_UP_AFTER:
+                    break
+            else:
+                refused_in_a_row = 0
+                published.append(entry.id)
+        if published:
+            self._database.run(outbox.done, published)
+        if refusal is not None:
+            raise refusal
+
+    def _publish_event(self, entry: OutboxEntry) -> None:
+        try:
+            self.events.end(entry.payload["data"])
+        except redis.RedisError as error:
+            raise Unavailable(f"Redis does not answer ({type(error).__name__})") from error
+        self.broker.publish_result(entry.payload)
 
     def nudge_cancel(self, job_ids: Sequence[str]) -> None:
         """Tell the workers at once that these running jobs were asked to stop.

@@ -7,15 +7,17 @@ every transition is guarded, so that two loops at the same row do no harm.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import structlog
+from sqlalchemy.orm import Session
 
 from models import batches, dispatch, jobs, outbox
 from models.database import Database
 from models.outcomes import QueuedJob, Transition
 from visq.errors import Unavailable
 from visq.settings import Settings
+from visq.types import JobStatus
 from worker.queue.courier import Courier
 
 log = structlog.get_logger(__name__)
@@ -78,17 +80,19 @@ class Maintenance:
 
     def rescue_jobs(self) -> None:
         """Take jobs from workers that have died or lost the database."""
-        for job_id in self._database.read(jobs.without_lease, CHUNK):
-            transition = self._database.run(
-                jobs.rescue, job_id, backoff_seconds=self._settings.retry_backoff_seconds
-            )
+
+        def rescue(session: Session, job_id: str) -> Transition | None:
+            backoff = self._settings.retry_backoff_seconds
+            transition = jobs.rescue(session, job_id, backoff_seconds=backoff)
             if transition is not None:
                 log.warning("lease ran out", job=job_id, status=transition.job.status)
-                self._courier.deliver_all([transition])
+            return transition
+
+        self._each(self._database.read(jobs.without_lease, CHUNK), rescue)
 
     def cancel_batch_items(self) -> None:
-        """End the pending items of batches that are being cancelled."""
-        self._each(self._database.read(batches.pending_of_cancelled, CHUNK), jobs.cancel)
+        """End the items that wait in batches that are being cancelled, stop those that run."""
+        self._each(self._database.read(batches.to_cancel, CHUNK), jobs.cancel)
 
     def fill_windows(self) -> None:
         """Let the next items of each batch into the broker."""
@@ -133,12 +137,30 @@ class Maintenance:
         entries = self._database.run(outbox.reserve, CHUNK)
         if entries:
             self._courier.publish_events(entries)
+        if len(entries) == CHUNK:
+            self.wake()
 
-    def _each(self, job_ids: Iterable[str], transition: Callable[..., Transition | None]) -> None:
+    def _each(self, job_ids: Sequence[str], transition: Callable[..., Transition | None]) -> None:
+        """Make a transition of each job. A job on which it fails does not hold up the others."""
+        made: list[Transition | None] = []
         for job_id in job_ids:
-            done = self._database.run(transition, job_id)
-            if done is not None:
-                self._courier.deliver_all([done])
+            if self._stopping.is_set():
+                break
+            try:
+                made.append(self._database.run(transition, job_id))
+            except Unavailable:
+                raise
+            except Exception:
+                log.exception("transition failed", job=job_id)
+        # All at once: a broker that is away is waited for once, not for each job.
+        done = [each for each in made if each is not None]
+        self._courier.deliver_all(done)
+        # A batch is being cancelled, and these items of it run.
+        self._courier.nudge_cancel(
+            [each.job.id for each in done if each.job.status is JobStatus.RUNNING]
+        )
+        if len(job_ids) == CHUNK:
+            self.wake()
 
     def _loop(self) -> None:
         while not self._stopping.is_set():
