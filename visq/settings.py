@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from visq.errors import ConfigurationError
 
 MIB = 1024 * 1024
+
+TENANT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Names of tenants are part of routing keys, queue names and object keys."""
 
 
 class Settings(BaseSettings):
@@ -150,10 +154,10 @@ def parse_api_keys(text: str) -> dict[str, str]:
     keys: dict[str, str] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         name, _, secret = pair.partition(":")
-        if not secret or not name.replace("-", "").replace("_", "").isalnum() or name in keys:
+        if not secret or not TENANT_NAME.fullmatch(name) or name in keys:
             raise ConfigurationError(
                 "VISQ_API_KEYS must be `name:secret` pairs separated by commas, with distinct "
-                "names of letters, digits, `-` and `_`"
+                "names of up to 64 letters, digits, `-` and `_`"
             )
         keys[name] = secret
     return keys

@@ -115,7 +115,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
-    """About 8.6 million parameters: more eyes than tongue."""
+    """About 8.4 million parameters: more eyes than tongue."""
     vision = InternVLVisionConfig(
         hidden_size=256,
         num_hidden_layers=6,
