@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -43,11 +44,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(
     *arguments: str, installed: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with the installed wheel and without this checkout."""
+    """Run Python with the installed wheel and without this checkout.
+
+    ``-S`` with the libraries as a plain folder: the .pth file of an editable install is not read.
+    """
+    path = f"{installed}:{sysconfig.get_path('purelib')}"
     return subprocess.run(
-        [sys.executable, "-P", *arguments],
+        [sys.executable, "-P", "-S", *arguments],
         cwd=installed,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(installed), **environment},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -22,7 +22,8 @@ def run(settings: Settings) -> None:
 
     :raises VisqError: if it cannot start or cannot go on.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    for wish in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+        signal.signal(wish, signal.default_int_handler)
     status = console.status("starting")
 
     def tell(line: str) -> None:
