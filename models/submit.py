@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from models import sessions
 from models.database import db_now
-from models.jobs import PUBLISH_GRACE_SECONDS, record
+from models.moves import PUBLISH_GRACE_SECONDS, record
 from models.outcomes import QueuedJob
 from models.tables import Batch, Job, JobEvent
 from visq.errors import IdempotencyConflict

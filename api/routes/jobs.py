@@ -27,6 +27,7 @@ from api.intake import fingerprint, resolve_job
 from api.json_body import json_body
 from api.services import Here, Services
 from models import jobs, reading
+from models.moves import PENDING
 from models.submit import submit_job
 from models.tables import Job, JobEvent
 from models.views import event_view, job_view
@@ -236,7 +237,7 @@ async def stream_events(
 
 async def _with_reason(here: Services, job: Job) -> JobView:
     view = job_view(job)
-    if job.status in jobs.PENDING:
+    if job.status in PENDING:
         alive = await here.workers.any_alive()
         # For all tenants: its place in the lane counts the jobs of others too.
         view.waiting_for = await here.database.read(reading.waiting_for, job, workers_alive=alive)

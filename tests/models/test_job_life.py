@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from models import dispatch, jobs, outbox
+from models import dispatch, jobs, moves, outbox
 from models.outcomes import Cancelled, Expired, Failed, HandedBack
 from models.tables import Job
 from tests.models.conftest import PERMANENT, TRANSIENT, World, answered
@@ -137,7 +137,7 @@ def test_the_back_off_does_not_grow_beyond_all_measure(world: World) -> None:
     queued = world.job(job.id)
     assert queued.run_after is not None
     assert queued.publish_at is not None
-    assert queued.run_after - queued.created_at < timedelta(seconds=2 * jobs.LONGEST_BACKOFF)
+    assert queued.run_after - queued.created_at < timedelta(seconds=2 * moves.LONGEST_BACKOFF)
 
 
 def test_a_renewed_lease_is_not_rescued_and_a_run_out_one_is(world: World) -> None:
