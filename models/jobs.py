@@ -127,8 +127,7 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
 
     Returns ``None`` if the claim is lost: then nothing was written, and nothing may be published.
     """
-    if claim.session_id is not None:
-        sessions.lock(session, claim.session_id)
+    conversation = None if claim.session_id is None else sessions.lock(session, claim.session_id)
     fence = Job.attempt == claim.attempt
     match outcome:
         case Succeeded(result, messages):
@@ -141,8 +140,8 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
                 values={"result": result.model_dump(mode="json"), **ended_columns()},
                 reason=result.finish_reason,
             )
-            if job is not None and claim.session_id is not None:
-                sessions.append(session, job, messages)
+            if job is not None and conversation is not None:
+                sessions.append(session, conversation, job, messages)
         case Failed(error, backoff_seconds):
             job = None
             if error.retryable:

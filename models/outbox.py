@@ -7,7 +7,6 @@ behind (a crash, a broker that was away). A reserved row that is not deleted com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import delete, select, update
@@ -22,7 +21,7 @@ from visq.ids import new_id
 GRACE_SECONDS = 3.0
 """How long the process that wrote an entry has to publish it before the loop does."""
 
-REDELIVERY_SECONDS = timedelta(seconds=10).total_seconds()
+REDELIVERY_SECONDS = 10.0
 """How long a reservation holds."""
 
 

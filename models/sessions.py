@@ -80,18 +80,20 @@ def history(session: Session, session_id: str, before_turn: int) -> list[types.M
     ]
 
 
-def append(session: Session, job: Job, messages: list[types.Message]) -> None:
-    """Add a succeeded turn to the history, unless the session was deleted meanwhile."""
-    assert job.session_id is not None
+def append(
+    session: Session, conversation: ChatSession, job: Job, messages: list[types.Message]
+) -> None:
+    """Add a succeeded turn to the history of `conversation` (as `lock` returned it), unless it was
+    deleted meanwhile."""
     assert job.turn is not None
-    if lock(session, job.session_id).deleted_at is not None:
+    if conversation.deleted_at is not None:
         return
     for position, message in enumerate(messages):
         content = [part.model_dump(mode="json", exclude_none=True) for part in message.parts()]
         session.add(
             Message(
                 tenant_id=job.tenant_id,
-                session_id=job.session_id,
+                session_id=conversation.id,
                 turn=job.turn,
                 position=position,
                 role=message.role,

@@ -12,8 +12,6 @@ import uuid_utils
 ID_LENGTH: Final = 4 + 32
 """Length of every id: a three-letter prefix, ``_``, and 32 hexadecimal digits."""
 
-ID_PATTERN: Final = r"^[a-z]{3}_[0-9a-f]{32}$"
-
 
 def new_id(prefix: str) -> str:
     """Return a new id such as ``job_0197f2a4c1d87cc2a1b2c3d4e5f60718``; `prefix` has 3 letters."""
