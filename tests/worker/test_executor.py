@@ -21,7 +21,7 @@ from visq.pixels import PixelBuffer
 from visq.settings import Settings
 from visq.streams import WorkerInfo
 from visq.types import JobRequest, JobStatus
-from worker.engine.face import EngineInfo, EngineRequest, Finished, Handle, TokenEvent
+from worker.engine.face import Choice, EngineInfo, EngineRequest, Finished, Handle, TokenEvent
 from worker.executor import Executor
 from worker.media import Media
 from worker.queue import Courier, Maintenance
@@ -41,7 +41,7 @@ class PlayedEngine:
         self.requests.append(request)
         handle = Handle(lambda: None)
         handle.publish(TokenEvent(self.text, [1]))
-        handle.publish(Finished(self.text, "stop", 3, 1, [1]))
+        handle.publish(Finished((Choice(self.text, "stop", [1]),), 3))
         return handle
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from visq.types import GenerationConfig
-from worker.engine.face import Finished, FinishReason, TokenEvent
+from worker.engine.face import Choice, Logprobs, TokenEvent
 from worker.engine.text import Detokenizer, StopWords
 
 TAIL: Final = 200
@@ -25,12 +25,16 @@ class Answer:
         decode: Callable[[list[int]], str],
         stop_ids: Collection[int],
         stop_words: Collection[str],
+        index: int = 0,
     ) -> None:
         """
         :param stop_ids: tokens that end the answer.
         :param stop_words: strings that end it.
+        :param index: which of the request's choices it is.
         """
         self.token_ids: list[int] = []
+        self._logprobs: list[Logprobs] | None = None if config.logprobs is None else []
+        self._index = index
         self.stopped = False
         """Whether a stop token or a stop word has come."""
         self.tail = ""
@@ -44,16 +48,18 @@ class Answer:
         self._cut = False  # a stop word has ended the text: what follows is not shown
         self._published = 0
 
-    def append(self, token_id: int) -> TokenEvent | None:
+    def append(self, token_id: int, logprobs: Logprobs | None = None) -> TokenEvent | None:
         """Add a token; return the event to publish, if it has made new text certain."""
         if token_id in self._stop_ids:
             self.stopped = True
             if not self._include_stop:
                 return None
         self.token_ids.append(token_id)
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs.append(logprobs)
         return self._event(self._show(self._detokenizer.append(token_id)))
 
-    def finish(self, prompt_tokens: int) -> tuple[TokenEvent | None, Finished]:
+    def finish(self) -> tuple[TokenEvent | None, Choice]:
         """End the answer; return the last token event, if something was held back, and the end."""
         rest = ""
         if not self._cut:
@@ -61,13 +67,11 @@ class Answer:
         if not self._cut:
             rest += self._stop_words.flush()
         event = self._event(rest, final=True)
-        reason: FinishReason = "stop" if self.stopped else "length"
-        return event, Finished(
+        return event, Choice(
             text="".join(self._text),
-            finish_reason=reason,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(self.token_ids),
+            finish_reason="stop" if self.stopped else "length",
             token_ids=self.token_ids,
+            logprobs=self._logprobs,
         )
 
     def _show(self, text: str) -> str:
@@ -83,6 +87,7 @@ class Answer:
         token_ids = self.token_ids[self._published :]
         if not text and not (final and token_ids):
             return None
+        logprobs = None if self._logprobs is None else self._logprobs[self._published :]
         self._published = len(self.token_ids)
         self._text.append(text)
-        return TokenEvent(text=text, token_ids=token_ids)
+        return TokenEvent(text, token_ids, self._index, logprobs)

@@ -1,20 +1,24 @@
 """The face that every engine of visq has: submit a request, iterate its events, cancel it.
 
 Light on purpose (no torch): the Celery worker and the tests import it without the model. The
-engines behind it are `worker.engine.generate` (in this process) and `worker.engine.process` (the
-same one in a process of its own).
+engines behind it are `worker.engine.native` (continuous batching), `worker.engine.generate` (the
+plain fallback), both in this process, and `worker.engine.process` (either in a process of its own).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from visq.errors import VisqError
 from visq.pixels import PixelBuffer
 from visq.types import GenerationConfig, Lane, Message
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 
@@ -34,31 +38,78 @@ class EngineRequest:
     """``False``: the text parts are the raw prompt, image placeholders and special tokens in it
     are meant; no chat template is applied."""
     adapter_name: str | None = None
+    cache_salt: str = ""
+    """Only requests with the same salt share cached blocks and pictures: the tenant's name."""
+    answer_ids: Mapping[int, list[int]] = field(default_factory=dict)
+    """For assistant messages (by their index in `messages`): the exact tokens that this model
+    generated then, used in place of the tokens of the text. Only from a trusted store."""
     lane: Lane = Lane.INTERACTIVE
     deadline_seconds: float | None = None
     """Seconds from the submit after which the request ends as ``Stopped("expired")``."""
 
 
+Logprobs: TypeAlias = dict[int, float]
+"""Of one generated token: token id -> natural logarithm of its probability by the raw logits; the
+generated token first, then the likeliest ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """New text, and the tokens that made it. All deltas concatenate to ``Finished.text``."""
+    """New text, and the tokens that made it. All deltas of a choice concatenate to its text."""
 
     text: str
     token_ids: list[int]
+    index: int = 0
+    """Which of the ``n`` choices."""
+    logprobs: list[Logprobs] | None = None
+    """One for each of `token_ids`, if asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One complete answer."""
+
+    text: str
+    finish_reason: FinishReason
+    """``stop``: an end token or a stop word; ``length``: ``max_new_tokens`` or the full context."""
+    token_ids: list[int]
+    """All generated tokens but the stop token; with a stop word, up to the token that ended it."""
+    logprobs: list[Logprobs] | None = None
+    """One for each of `token_ids`, if asked for."""
+    logits: NDArray[np.float32] | None = None
+    """Raw logits that `output_logits` asked for: ``(tokens, vocabulary)``, of the generated tokens,
+    or of the prompt's tokens and then of the generated ones (``all``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The answer is complete."""
 
-    text: str
-    finish_reason: FinishReason
-    """``stop``: an end token or a stop word; ``length``: ``max_new_tokens`` or the full context."""
+    choices: tuple[Choice, ...]
+    """One, or the ``n`` that were asked for."""
     prompt_tokens: int
-    completion_tokens: int
-    """``len(token_ids)``."""
-    token_ids: list[int]
-    """All generated tokens but the stop token; with a stop word, up to the token that ended it."""
+    cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    ppl: float | None = None
+    """If ``return_ppl``: mean of the negative log likelihood (natural) of the prompt's tokens, each
+    given those before it; the first has none."""
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def completion_tokens(self) -> int:
+        """Generated tokens of all choices."""
+        return sum(len(choice.token_ids) for choice in self.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +179,14 @@ class EngineInfo:
     model: str
     """As asked for: ``small``, a folder, or a name."""
     engine: str
-    """Which engine answers, e.g. ``generate``."""
+    """Which engine answers: ``native`` or ``generate``."""
     device: str
     dtype: str
     load_seconds: float
     max_context: int
     """Most tokens of prompt and answer together."""
+    capacity: int = 1
+    """Requests that it can usefully hold at a time; more of them would only wait inside it."""
 
 
 class Engine(Protocol):

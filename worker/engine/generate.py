@@ -32,6 +32,7 @@ from worker.engine.face import (
     EngineRequest,
     Event,
     Failed,
+    Finished,
     Handle,
     Outcome,
     Stopped,
@@ -198,10 +199,10 @@ class _Generator:
             )
         if watch.end is not None:
             return watch.end
-        last, finished = answer.finish(prompt_tokens)
+        last, choice = answer.finish()
         if last is not None:
             task.handle.publish(last)
-        return finished
+        return Finished((choice,), prompt_tokens)
 
     def _room(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
         """How many tokens may be generated.

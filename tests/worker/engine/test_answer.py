@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.worker.engine.models import END, byte_tokenizer
 from visq.types import GenerationConfig
 from worker.engine.answer import Answer
-from worker.engine.face import Finished, TokenEvent
+from worker.engine.face import Choice, TokenEvent
 
 BYTES = byte_tokenizer()
 END_ID = BYTES.convert_tokens_to_ids(END)
@@ -25,7 +25,7 @@ def decode(ids: list[int]) -> str:
     return str(BYTES.decode(ids, skip_special_tokens=True))
 
 
-def feed(ids: list[int], **fields: Any) -> tuple[list[TokenEvent], Finished]:
+def feed(ids: list[int], **fields: Any) -> tuple[list[TokenEvent], Choice]:
     """Give `ids` to an answer until it stops."""
     config = GenerationConfig(**fields)
     answer = Answer(config, decode, {END_ID}, config.stop_words or [])
@@ -34,7 +34,7 @@ def feed(ids: list[int], **fields: Any) -> tuple[list[TokenEvent], Finished]:
         events.append(answer.append(token))
         if answer.stopped:
             break
-    last, finished = answer.finish(prompt_tokens=7)
+    last, finished = answer.finish()
     return [event for event in [*events, last] if event is not None], finished
 
 
@@ -52,7 +52,6 @@ def test_the_events_make_the_answer_whatever_comes(
     )
     assert "".join(event.text for event in events) == finished.text
     assert [token for event in events for token in event.token_ids] == finished.token_ids
-    assert finished.completion_tokens == len(finished.token_ids)
 
 
 @given(st.text("ab é🙂", max_size=20))
@@ -64,7 +63,7 @@ def test_no_event_but_the_last_has_half_a_character(text: str) -> None:
 
 def test_the_end_token_is_no_part_of_the_answer() -> None:
     _, finished = feed([*tokens("ab"), END_ID, *tokens("c")])
-    assert finished == Finished("ab", "stop", 7, 2, tokens("ab"))
+    assert finished == Choice("ab", "stop", tokens("ab"))
 
 
 def test_without_a_stop_the_answer_ended_by_its_length() -> None:
@@ -75,7 +74,7 @@ def test_without_a_stop_the_answer_ended_by_its_length() -> None:
 @pytest.mark.parametrize(("include", "text"), [(False, "a"), (True, "ab")])
 def test_after_a_stop_word_nothing_is_shown(include: bool, text: str) -> None:
     _, finished = feed(tokens("abc"), stop_words=["b"], include_stop_str_in_output=include)
-    assert finished == Finished(text, "stop", 7, 2, tokens("ab"))
+    assert finished == Choice(text, "stop", tokens("ab"))
 
 
 def test_the_beginning_of_a_stop_word_is_shown_if_the_end_token_comes_first() -> None:
