@@ -1,4 +1,4 @@
-"""The engine process: a `GenerateEngine` at the end of a pipe.
+"""The engine process: an engine at the end of a pipe.
 
 It ends with its owner, however that ends: the kernel kills it when the thread that started it is
 gone, and it leaves by itself when the pipe closes. Ctrl-C and SIGTERM, which a terminal or a
@@ -49,10 +49,10 @@ class _Server:
         self._handles: dict[int, Handle] = {}
 
     def serve(self, config: EngineConfig) -> NoReturn:
-        from worker.engine.generate import GenerateEngine
+        from worker.engine.opening import open_engine
 
         try:
-            engine = GenerateEngine(config)
+            engine = open_engine(config)
         except ConfigurationError as error:
             self._send(LoadFailed(error.message))
             os._exit(1)

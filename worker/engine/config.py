@@ -24,6 +24,30 @@ class EngineConfig:
     threads: int = 0
     """CPU threads; 0: torch's own choice."""
     log_level: str = "INFO"
+    engine: Literal["auto", "native", "generate"] = "auto"
+    """``auto``: the native engine if it knows the model, else transformers' ``generate``."""
+    session_len: int | None = None
+    """Most tokens of prompt and answer together; ``None``: what the model and the cache allow."""
+    max_batch_size: int = 0
+    """Most sequences that run at a time; 0: 32 on the CPU, 256 on CUDA."""
+    max_step_tokens: int = 0
+    """Most tokens that one step computes; 0: 512 on the CPU, 8192 on CUDA."""
+    max_encode_tokens: int = 0
+    """Most image tokens that one step encodes; 0: as `max_step_tokens`."""
+    block_size: int = 64
+    """Tokens of a block of the KV cache."""
+    kv_cache_bytes: int = 0
+    """Memory of the KV cache; 0: 256 MiB on the CPU, on CUDA what `gpu_memory_utilization` says."""
+    gpu_memory_utilization: float = 0.9
+    """Part of the GPU's memory that the engine may use: weights, KV cache and work space."""
+    vision_cache_bytes: int = 0
+    """Memory of the vision cache; 0: 128 MiB on the CPU, 2 GiB on CUDA."""
+    prepared_bytes: int = 1024 * 1024 * 1024
+    """Pixels of prepared pictures that may wait for their encoding."""
+    prefix_caching: bool = True
+    overlap: bool | None = None
+    """Launch a step before the tokens of the one before it are known; ``None``: on CUDA only,
+    since on the CPU nothing runs beside it."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> EngineConfig:

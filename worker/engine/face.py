@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from visq.errors import VisqError
 from visq.pixels import PixelBuffer
@@ -43,6 +43,9 @@ class EngineRequest:
     answer_ids: Mapping[int, list[int]] = field(default_factory=dict)
     """For assistant messages (by their index in `messages`): the exact tokens that this model
     generated then, used in place of the tokens of the text. Only from a trusted store."""
+    logits_processors: tuple[Callable[..., Any], ...] = ()
+    """LMDeploy's: ``(generated token ids (T,), logits (vocabulary,)) -> logits``, as tensors, called
+    before each token. For engines in the caller's own process only."""
     lane: Lane = Lane.INTERACTIVE
     deadline_seconds: float | None = None
     """Seconds from the submit after which the request ends as ``Stopped("expired")``."""

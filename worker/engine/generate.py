@@ -19,14 +19,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from visq.errors import (
-    ContextLengthExceeded,
     EngineCrashed,
     EngineError,
     VisqError,
 )
 from worker.engine.answer import Answer
-from worker.engine.bad_words import BadWords, Pieces
-from worker.engine.config import EngineConfig
+from worker.engine.answering import Answering
 from worker.engine.face import (
     EngineInfo,
     EngineRequest,
@@ -38,7 +36,7 @@ from worker.engine.face import (
     Stopped,
 )
 from worker.engine.lanes import LaneQueue, Task
-from worker.engine.loading import LoadedModel, load
+from worker.engine.loading import LoadedModel
 from worker.engine.prompt import PromptBuilder
 from worker.engine.sampling import check, hf_generation_config, logits_processors
 
@@ -48,12 +46,8 @@ logger = logging.getLogger(__name__)
 class GenerateEngine:
     """An `Engine` in this process (`worker.engine.face` says what its methods promise)."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and start.
-
-        :raises ConfigurationError: if the model cannot be loaded.
-        """
-        self._loaded = load(config)
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
         self._generator = _Generator(self._loaded)
         self._waiting = LaneQueue()
         self.ended = threading.Event()
@@ -157,13 +151,7 @@ class _Generator:
         self._prompts = PromptBuilder(
             loaded.name, loaded.processor, takes_images=loaded.takes_images
         )
-        tokenizer = loaded.tokenizer
-        anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
-        self._pieces = Pieces(
-            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            anchor,
-            min(len(tokenizer), loaded.vocab_size),
-        )
+        self._answering = Answering(loaded, loaded.max_context)
 
     def answer(self, task: Task, between_tokens: Callable[[Task], Outcome | None]) -> Outcome:
         """Answer `task`, publishing its token events.
@@ -178,11 +166,9 @@ class _Generator:
             request.messages, request.images, do_preprocess=request.do_preprocess
         )
         prompt_tokens = tensors["input_ids"].shape[1]
-        max_new_tokens = self._room(prompt_tokens, config.max_new_tokens)
-        stop_ids, stop_words = self._stops(task)
-        answer = Answer(config, self._decoder(task), stop_ids, stop_words)
+        max_new_tokens = self._answering.room(prompt_tokens, config.max_new_tokens)
+        answer = self._answering.answer(config)
         watch = _Watch(task, answer, between_tokens)
-        bad_words = BadWords(config.bad_words, self._pieces) if config.bad_words else None
         with self._seeded(config.random_seed):
             self._loaded.model.generate(
                 **self._on_device(tensors),
@@ -191,8 +177,8 @@ class _Generator:
                     config,
                     prompt_tokens=prompt_tokens,
                     end_ids=self._loaded.end_ids,
-                    stop_ids=stop_ids,
-                    bad_words=bad_words,
+                    stop_ids=self._answering.stop_ids(config),
+                    bad_words=self._answering.bad_words(config),
                     text=lambda: answer.tail,
                 ),
                 stopping_criteria=StoppingCriteriaList([watch]),
@@ -203,53 +189,6 @@ class _Generator:
         if last is not None:
             task.handle.publish(last)
         return Finished((choice,), prompt_tokens)
-
-    def _room(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """How many tokens may be generated.
-
-        :raises ContextLengthExceeded: if prompt and answer do not fit.
-        """
-        context = self._loaded.max_context
-        room = context - prompt_tokens
-        if room < (max_new_tokens or 1):
-            asked = "" if max_new_tokens is None else f" and `max_new_tokens` is {max_new_tokens}"
-            advice = f"ask for at most {room}, or shorten" if room > 0 else "shorten"
-            raise ContextLengthExceeded(
-                f"the prompt has {prompt_tokens} tokens{asked}, but the context of the model "
-                f"{self._loaded.name} has {context}; {advice} the prompt",
-                param="gen_config.max_new_tokens" if room > 0 else "messages",
-            )
-        return room if max_new_tokens is None else max_new_tokens
-
-    def _stops(self, task: Task) -> tuple[set[int], set[str]]:
-        """Tokens and words that end the answer.
-
-        A stop word that is an added token (``<|im_end|>``) is looked for as that token: as text it
-        is not seen when special tokens are skipped.
-        """
-        config = task.request.gen_config
-        added = self._loaded.tokenizer.get_added_vocab()
-        words = set(config.stop_words or ())
-        ids = {added[word] for word in words if word in added}
-        ids.update(config.stop_token_ids or ())
-        if not config.ignore_eos:
-            ids |= self._loaded.end_ids
-        return {token for token in ids if token < self._loaded.vocab_size}, words
-
-    def _decoder(self, task: Task) -> Callable[[list[int]], str]:
-        config = task.request.gen_config
-        tokenizer = self._loaded.tokenizer
-
-        def decode(ids: list[int]) -> str:
-            return str(
-                tokenizer.decode(
-                    ids,
-                    skip_special_tokens=config.skip_special_tokens,
-                    spaces_between_special_tokens=config.spaces_between_special_tokens,
-                )
-            )
-
-        return decode
 
     def _on_device(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move to the model's device; pixels also take its type."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from visq.types import Lane
 from worker.engine.face import EngineRequest, Handle
@@ -19,6 +19,7 @@ class Task:
     handle: Handle
     deadline: float | None
     """On the clock of :func:`time.monotonic`."""
+    submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     """Set by any thread; the engine looks at it between two tokens."""
 
@@ -34,6 +35,10 @@ class LaneQueue:
         self._lanes: dict[Lane, deque[Task]] = {lane: deque() for lane in Lane}
         self._changed = threading.Condition()
         self._closed = False
+
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(map(len, self._lanes.values()))
 
     def put(self, task: Task) -> bool:
         """Add `task`; returns whether the queue is still open."""

@@ -1,4 +1,7 @@
-"""Loads a model and its processor by transformers' Auto classes, onto one device."""
+"""Loads a model and its processor onto one device.
+
+By transformers' Auto classes, or by the loader of a format that is not transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -23,6 +26,8 @@ from transformers.models.auto.modeling_auto import (
 
 from visq.errors import ConfigurationError
 from worker.engine.config import EngineConfig
+from worker.engine.families.processors import load_processor
+from worker.engine.loaders import internvl2
 
 logger = logging.getLogger(__name__)
 
@@ -79,20 +84,18 @@ def load(config: EngineConfig) -> LoadedModel:
 def _load(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, start: float
 ) -> LoadedModel:
-    hf_config = AutoConfig.from_pretrained(config.source)
-    takes_images = hf_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    if not takes_images and hf_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"visq does not know how to talk to models of type {hf_config.model_type}")
-    auto_model = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
-    auto_processor = AutoProcessor if takes_images else AutoTokenizer
-    processor = auto_processor.from_pretrained(config.source)
+    raw, _ = PreTrainedConfig.get_config_dict(config.source)
+    if internvl2.recognise(raw):
+        takes_images = True
+        model, processor = internvl2.load(config.source, raw, device=device, dtype=dtype)
+    else:
+        takes_images, model, processor = _load_native(config.source, device, dtype)
     tokenizer = processor.tokenizer if takes_images else processor
-    model = auto_model.from_pretrained(config.source, dtype=dtype).to(device).eval()
     if config.threads:
         torch.set_num_threads(config.threads)
     elif model.num_parameters() < SMALL:
         torch.set_num_threads(1)
-    text_config = hf_config.get_text_config()
+    text_config = model.config.get_text_config()
     end_ids = _end_ids(tokenizer, model.generation_config, text_config.vocab_size)
     # Sampling defaults of the checkpoint would fill every field that a request leaves open.
     model.generation_config = transformers.GenerationConfig()
@@ -109,6 +112,18 @@ def _load(
         max_context=getattr(text_config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
         load_seconds=time.monotonic() - start,
     )
+
+
+def _load_native(source: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, Any, Any]:
+    """Return whether the model takes images, the model, and its processor."""
+    hf_config = AutoConfig.from_pretrained(source)
+    takes_images = hf_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if not takes_images and hf_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"visq does not know how to talk to models of type {hf_config.model_type}")
+    auto_model = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    processor = load_processor(source) if takes_images else AutoTokenizer.from_pretrained(source)
+    model = auto_model.from_pretrained(source, dtype=dtype).to(device).eval()
+    return takes_images, model, processor
 
 
 def _end_ids(tokenizer: Any, generation_config: Any, vocab_size: int) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""From messages and pixels to the tensors of one prompt; user text cannot forge special tokens.
+"""From messages to the tokens of one prompt; user text cannot forge special tokens.
 
 The prompt is the very one that the processor makes of these messages (``apply_chat_template``),
 unless the text of a message changed its special tokens or image placeholders::
@@ -10,6 +10,8 @@ Both are tokenised. If the special tokens of the two differ, the text forged som
 is the skeleton's tokens, with each text's own tokens, taken without any special ones, in its place.
 Since texts are tokenised apart there, not even two parts together can form a special token.
 
+In the same way, an answer whose exact tokens are known is a stand-in, in both of them.
+
 A raw prompt (``do_preprocess=False``) is used as it is: there, special tokens are meant.
 """
 
@@ -18,8 +20,9 @@ from __future__ import annotations
 import copy
 import json
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 import torch
 from jinja2 import TemplateError
@@ -33,9 +36,39 @@ from visq.types import ImagePart, Message, TextPart
 PLACEHOLDERS: Final = ("image_token", "video_token", "audio_token")
 """Attributes of a processor that hold the text of a placeholder."""
 
+_Turn: TypeAlias = tuple[str, list[int | None]]
+"""A role, and the places of its message: indices of texts; ``None`` for an image."""
+
+
+def expand(
+    ids: Sequence[int], image_token_id: int, expansions: Sequence[list[int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Put the tokens of each image in the place of its placeholder.
+
+    :param ids: of `PromptBuilder.tokens`.
+    :param expansions: for each image, in order, its tokens.
+    :returns: the prompt's token ids; and for each image, where its tokens start and how many.
+    :raises InvalidRequest: if there are more or fewer placeholders than images.
+    """
+    places = [index for index, token in enumerate(ids) if token == image_token_id]
+    if len(places) != len(expansions):
+        raise InvalidRequest(
+            f"the prompt has {len(places)} image placeholders for {len(expansions)} images"
+        )
+    expanded: list[int] = []
+    spans: list[tuple[int, int]] = []
+    done = 0
+    for place, expansion in zip(places, expansions, strict=True):
+        expanded += ids[done:place]
+        spans.append((len(expanded), len(expansion)))
+        expanded += expansion
+        done = place + 1
+    expanded += ids[done:]
+    return expanded, spans
+
 
 class PromptBuilder:
-    """Builds prompts for one model."""
+    """Builds prompts for one model. `tokens` may be called by many threads at a time."""
 
     def __init__(self, model: str, processor: Any, *, takes_images: bool) -> None:
         """
@@ -49,6 +82,9 @@ class PromptBuilder:
         self._placeholders = [
             token for name in PLACEHOLDERS if (token := getattr(processor, name, None))
         ]
+        self._placeholder_ids = frozenset(
+            self._tokenizer.convert_tokens_to_ids(token) for token in self._placeholders
+        )
         self._reserved = _reserved_ids(processor, self._tokenizer, self._placeholders)
         self._stand_ins = _StandIns(processor, takes_images=takes_images)
         self._as_text = _text_encoder(self._tokenizer)
@@ -64,55 +100,132 @@ class PromptBuilder:
         :raises UnsupportedParameter: images for a text model, or no chat template.
         :raises ImageError: the model's image processor refuses an image.
         """
+        with self._stand_ins.lock:
+            text, fillings = self._written(messages, len(images), do_preprocess, {})
+            if fillings is None:
+                return self._encode(self._processor, text, images)
+            tensors = self._encode(self._stand_ins.processor, text, images)
+            return self._fill_in(tensors, fillings)
+
+    def tokens(
+        self,
+        messages: Sequence[Message],
+        *,
+        images: int,
+        do_preprocess: bool,
+        answer_ids: Mapping[int, list[int]],
+    ) -> list[int]:
+        """Return the prompt's token ids, with one placeholder for each image (see `expand`).
+
+        :param images: how many there are: one for each image part.
+        :param answer_ids: for assistant messages, by their index: the tokens to put in place of
+            those of their text. They are trusted, special tokens in them are meant; but an answer
+            that holds a placeholder is tokenised from its text, or it would be taken for a picture.
+        :raises InvalidRequest: the model's template refuses the messages, the number of images
+            does not fit the prompt, or `answer_ids` names a message that is no answer.
+        :raises UnsupportedParameter: images for a text model, or no chat template.
+        """
+        with self._stand_ins.lock:
+            text, fillings = self._written(messages, images, do_preprocess, answer_ids)
+            if fillings is not None:
+                ids = self._token_ids(self._stand_ins.tokenizer, text)
+                return self._filled(ids, fillings)[0]
+        return self._token_ids(self._tokenizer, text)
+
+    def _written(
+        self,
+        messages: Sequence[Message],
+        images: int,
+        do_preprocess: bool,
+        answer_ids: Mapping[int, list[int]],
+    ) -> tuple[str, list[list[int]] | None]:
+        """The text of the prompt; and, if it has stand-ins, the tokens that they stand for."""
         if images and not self._takes_images:
             raise UnsupportedParameter(f"the model {self._model} takes no images", param="messages")
+        for index in answer_ids:
+            if not (0 <= index < len(messages) and messages[index].role == "assistant"):
+                raise InvalidRequest(
+                    f"message {index} has exact tokens, but is no message of the assistant",
+                    param="answer_ids",
+                )
         if not do_preprocess:
-            return self._build_raw(messages, images)
+            return self._raw(messages, images), None
         parts = [part for message in messages for part in message.parts()]
-        if sum(isinstance(part, ImagePart) for part in parts) != len(images):
-            raise InvalidRequest(f"the messages do not have {len(images)} image parts")
-        texts = [part.text for part in parts if isinstance(part, TextPart)]
-        stand_ins = self._stand_ins.take(len(texts))
-        plain = self._render(messages, texts)
-        skeleton = self._render(messages, stand_ins)
-        if self._reserved_in(plain) == self._reserved_in(skeleton, self._stand_ins.tokenizer):
-            return self._encode(self._processor, plain, images)
-        tensors = self._encode(self._stand_ins.processor, skeleton, images)
-        return self._fill_in(tensors, texts)
+        if sum(isinstance(part, ImagePart) for part in parts) != images:
+            raise InvalidRequest(f"the messages do not have {images} image parts")
+        turns, slots = self._turns(messages, answer_ids)
+        stand_ins = self._stand_ins.take(len(slots))
+        plain_texts = [
+            slot if isinstance(slot, str) else stand_in
+            for slot, stand_in in zip(slots, stand_ins, strict=True)
+        ]
+        plain = self._render(turns, plain_texts)
+        skeleton = self._render(turns, stand_ins)
+        if self._reserved_in(plain) != self._reserved_in(skeleton):
+            return skeleton, [
+                self._encode_text(slot) if isinstance(slot, str) else slot for slot in slots
+            ]
+        if plain_texts == slots:
+            return plain, None
+        return plain, [[] if isinstance(slot, str) else slot for slot in slots]
 
-    def _build_raw(
-        self, messages: Sequence[Message], images: Sequence[PixelBuffer]
-    ) -> dict[str, torch.Tensor]:
+    def _turns(
+        self, messages: Sequence[Message], answer_ids: Mapping[int, list[int]]
+    ) -> tuple[list[_Turn], list[str | list[int]]]:
+        """The messages without their text; and their texts, or the tokens of answers."""
+        turns: list[_Turn] = []
+        slots: list[str | list[int]] = []
+        for index, message in enumerate(messages):
+            answer = answer_ids.get(index)
+            if answer is not None and not self._placeholder_ids.isdisjoint(answer):
+                answer = None
+            places: list[int | None] = []
+            for part in message.parts():
+                if isinstance(part, ImagePart):
+                    places.append(None)
+                elif answer is None:
+                    places.append(len(slots))
+                    slots.append(part.text)
+            if answer is not None:
+                places.append(len(slots))
+                slots.append(answer)
+            turns.append((message.role, places))
+        return turns, slots
+
+    def _raw(self, messages: Sequence[Message], images: int) -> str:
         parts = [part for message in messages for part in message.parts()]
         text = "".join(part.text for part in parts if isinstance(part, TextPart))
         placeholder = getattr(self._processor, "image_token", None)
         found = text.count(placeholder) if placeholder else 0
-        if self._takes_images and found != len(images):
+        if self._takes_images and found != images:
             raise InvalidRequest(
                 f"the raw prompt has {found} image placeholders ({placeholder}) for "
-                f"{len(images)} images",
+                f"{images} images",
                 param="prompt",
             )
+        for other in self._placeholders:
+            if other != placeholder and other in text:
+                raise InvalidRequest(
+                    f"the raw prompt has the placeholder {other}, but visq shows models images "
+                    "only",
+                    param="prompt",
+                )
         if not text:
             raise InvalidRequest("the raw prompt is empty", param="prompt")
-        return self._encode(self._processor, text, images)
+        return text
 
-    def _render(self, messages: Sequence[Message], texts: Sequence[str]) -> str:
-        """Apply the chat template to `messages`, with `texts` in place of their text parts."""
-        remaining = iter(texts)
+    def _render(self, turns: Sequence[_Turn], texts: Sequence[str]) -> str:
+        """Apply the chat template to `turns`, with `texts` in their places."""
         conversation: list[dict[str, Any]] = []
-        for message in messages:
-            content: list[dict[str, str]] = []
-            for part in message.parts():
-                if isinstance(part, ImagePart):
-                    content.append({"type": "image"})
-                else:
-                    content.append({"type": "text", "text": next(remaining)})
+        for role, places in turns:
             if self._takes_images:
-                conversation.append({"role": message.role, "content": content})
+                content: Any = [
+                    {"type": "image"} if place is None else {"type": "text", "text": texts[place]}
+                    for place in places
+                ]
             else:
-                joined = "\n".join(part["text"] for part in content)
-                conversation.append({"role": message.role, "content": joined})
+                content = "\n".join(texts[place] for place in places if place is not None)
+            conversation.append({"role": role, "content": content})
         if not _template_text(self._processor, self._tokenizer):
             raise UnsupportedParameter(
                 f"the model {self._model} has no chat template; send a raw prompt with "
@@ -131,19 +244,16 @@ class PromptBuilder:
         assert isinstance(rendered, str)
         return rendered
 
-    def _reserved_in(self, text: str, tokenizer: Any = None) -> list[object]:
+    def _reserved_in(self, text: str) -> list[object]:
         """What a text holds of special tokens (in order) and placeholders (their numbers)."""
-        ids = (tokenizer or self._tokenizer)(text, add_special_tokens=False)["input_ids"]
+        ids = self._stand_ins.tokenizer(text, add_special_tokens=False)["input_ids"]
         reserved: list[object] = [i for i in ids if i in self._reserved]
         return reserved + [text.count(placeholder) for placeholder in self._placeholders]
 
     def _encode(
         self, processor: Any, text: str, images: Sequence[PixelBuffer]
     ) -> dict[str, torch.Tensor]:
-        options: dict[str, Any] = {"return_tensors": "pt"}
-        bos = self._tokenizer.bos_token
-        if bos and text.startswith(bos):  # the template has written it
-            options["add_special_tokens"] = False
+        options: dict[str, Any] = {"return_tensors": "pt", **self._special(text)}
         if not self._takes_images:
             return dict(processor([text], **options))
         if images:
@@ -157,25 +267,40 @@ class PromptBuilder:
                 f"the image processor of the model {self._model} refuses an image: {error}"
             ) from error
 
+    def _token_ids(self, tokenizer: Any, text: str) -> list[int]:
+        return list(tokenizer(text, **self._special(text))["input_ids"])
+
+    def _special(self, text: str) -> dict[str, bool]:
+        """Whether the tokenizer adds its own special tokens: not if the template has done so."""
+        bos = self._tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
     def _fill_in(
-        self, tensors: dict[str, torch.Tensor], texts: Sequence[str]
+        self, tensors: dict[str, torch.Tensor], fillings: Sequence[list[int]]
     ) -> dict[str, torch.Tensor]:
-        """Put the tokens of `texts` in the places of their stand-ins."""
+        """Put `fillings` in the places of their stand-ins."""
         ids = tensors["input_ids"][0].tolist()
         length = len(ids)
-        encoded: list[int] = []
-        sources: list[int] = []  # for each new position, the old one that it comes from
-        for position, token in enumerate(ids):
-            index = self._stand_ins.index_of(token)
-            new = [token] if index is None else self._encode_text(texts[index])
-            encoded += new
-            sources += [position] * len(new)
+        encoded, sources = self._filled(ids, fillings)
         filled = dict(tensors)
         for name, tensor in tensors.items():  # attention mask, token types
             if tensor.shape == (1, length):
                 filled[name] = tensor[:, sources]
         filled["input_ids"] = torch.tensor([encoded], dtype=tensors["input_ids"].dtype)
         return filled
+
+    def _filled(
+        self, ids: Sequence[int], fillings: Sequence[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """`ids` with `fillings` in the places of stand-ins; and where each token comes from."""
+        encoded: list[int] = []
+        sources: list[int] = []
+        for position, token in enumerate(ids):
+            index = self._stand_ins.index_of(token)
+            new = [token] if index is None else fillings[index]
+            encoded += new
+            sources += [position] * len(new)
+        return encoded, sources
 
     def _encode_text(self, text: str) -> list[int]:
         """Tokens of `text` without any special one."""
@@ -196,6 +321,8 @@ class _StandIns:
     """
 
     def __init__(self, processor: Any, *, takes_images: bool) -> None:
+        self.lock = threading.Lock()
+        """To be held by whoever uses any of this: tokens cannot be added to a tokenizer in use."""
         self.processor = copy.deepcopy(processor)
         self.tokenizer = self.processor.tokenizer if takes_images else self.processor
         self._secret = secrets.token_hex(8)

@@ -46,6 +46,7 @@ def check(request: EngineRequest, vocab_size: int) -> None:
         "response_format": config.response_format is not None,
         "output_logits": config.output_logits is not None,
         "return_ppl": config.return_ppl,
+        "logits_processors": bool(request.logits_processors),
         "repetition_ngram_size": config.repetition_ngram_size > 0,
         "repetition_ngram_threshold": config.repetition_ngram_threshold > 0,
     }

@@ -12,6 +12,7 @@ from tests.worker.engine.models import save_text_model, save_vision_model
 from visq.pixels import PixelBuffer
 from worker.engine.config import EngineConfig
 from worker.engine.generate import GenerateEngine
+from worker.engine.opening import open_engine
 
 
 @pytest.fixture(scope="session")
@@ -26,14 +27,14 @@ def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_engine(text_model: Path) -> Iterator[GenerateEngine]:
-    engine = GenerateEngine(EngineConfig(model=str(text_model), device="cpu"))
+    engine = open_engine(EngineConfig(engine="generate", model=str(text_model), device="cpu"))
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="session")
 def vision_engine(vision_model: Path) -> Iterator[GenerateEngine]:
-    engine = GenerateEngine(EngineConfig(model=str(vision_model), device="cpu"))
+    engine = open_engine(EngineConfig(engine="generate", model=str(vision_model), device="cpu"))
     yield engine
     engine.close()
 

@@ -28,6 +28,7 @@ from visq.types import Lane
 from worker.engine.config import EngineConfig
 from worker.engine.face import Event, Finished, Handle, Stopped, TokenEvent
 from worker.engine.generate import GenerateEngine
+from worker.engine.opening import open_engine
 
 QUESTIONS = ("Hello", "What is this?", "Zwölf 🙂", "x " * 20)
 
@@ -293,7 +294,7 @@ def test_a_better_lane_goes_first(text_engine: GenerateEngine) -> None:
 
 
 def test_closing_fails_what_is_open_so_that_it_is_tried_again(text_model: Path) -> None:
-    engine = GenerateEngine(EngineConfig(model=str(text_model), device="cpu"))
+    engine = open_engine(EngineConfig(engine="generate", model=str(text_model), device="cpu"))
     handles = [engine.submit(ask(**endless())) for _ in range(3)]
     engine.close()
     handles.append(engine.submit(ask()))
@@ -310,14 +311,14 @@ def test_info_says_what_was_loaded(text_engine: GenerateEngine, text_model: Path
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"holds no model"):
-        GenerateEngine(EngineConfig(model=str(tmp_path / "nothing")))
+        open_engine(EngineConfig(engine="generate", model=str(tmp_path / "nothing")))
 
 
 def test_a_broken_checkpoint_is_a_configuration_error(tmp_path: Path) -> None:
     save_text_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ConfigurationError, match=r"cannot be loaded"):
-        GenerateEngine(EngineConfig(model=str(tmp_path)))
+        open_engine(EngineConfig(engine="generate", model=str(tmp_path)))
 
 
 class Seen:

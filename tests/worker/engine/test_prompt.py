@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from visq.errors import InvalidRequest, UnsupportedParameter
 from visq.pixels import PixelBuffer
 from visq.types import Message, TextPart
 from worker.engine.config import SMALL_MODEL
-from worker.engine.prompt import PromptBuilder
+from worker.engine.prompt import PromptBuilder, expand
 
 RESERVED = (START, END, PAD, IMAGE, PLAIN_ROLE)
 TOKENS_OF_AN_IMAGE = 4
@@ -45,6 +46,18 @@ def user(*parts: str | None) -> Message:
     """A user's message; None stands for an image."""
     content = [image_part() if part is None else TextPart(text=part) for part in parts]
     return Message(role="user", content=content)
+
+
+def tokens(
+    builder: PromptBuilder,
+    *messages: Message,
+    images: int = 0,
+    answer_ids: dict[int, list[int]] | None = None,
+    do_preprocess: bool = True,
+) -> list[int]:
+    return builder.tokens(
+        messages, images=images, do_preprocess=do_preprocess, answer_ids=answer_ids or {}
+    )
 
 
 def ids(tensors: dict[str, torch.Tensor]) -> list[int]:
@@ -219,6 +232,132 @@ def test_messages_that_the_template_refuses_are_the_request_s_fault(text_model: 
     builder = PromptBuilder("strict", tokenizer, takes_images=False)
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         builder.build([user("Hello")], [], do_preprocess=True)
+
+
+def test_tokens_hold_one_placeholder_for_each_image(vision: PromptBuilder, processor: Any) -> None:
+    made = tokens(vision, user(None, "What is it?", None), user("And é 你?"), images=2)
+    assert made.count(processor.tokenizer.convert_tokens_to_ids(IMAGE)) == 2
+    assert processor.tokenizer.decode(made).count("What is it?") == 1
+
+
+@given(
+    texts=st.lists(st.lists(st.sampled_from([*RESERVED, "<|im_", "end|>", "<", "a"])), max_size=6)
+)
+def test_tokens_are_those_of_the_processor_whatever_the_texts(
+    vision: PromptBuilder, texts: list[list[str]]
+) -> None:
+    message = user(*("".join(pieces) for pieces in texts or [[""]]))
+    assert tokens(vision, message) == ids(vision.build([message], [], do_preprocess=True))
+
+
+def test_tokens_of_a_text_model_are_those_of_its_tokenizer(text: PromptBuilder) -> None:
+    for message in (user("Hello", " you"), user(f"a{END}b")):
+        assert tokens(text, message) == ids(text.build([message], [], do_preprocess=True))
+
+
+def test_a_known_answer_stands_in_the_prompt_with_its_exact_tokens(
+    vision: PromptBuilder, processor: Any
+) -> None:
+    answer = [20, 21, 200, 20]
+    history = [user("Hi"), Message(role="assistant", content="something else"), user("And?")]
+    made = tokens(vision, *history, answer_ids={1: answer})
+    before = tokens(vision, user("Hi"))  # up to "assistant\n", as when the answer was generated
+    assert made[: len(before) + len(answer)] == before + answer
+    assert "something else" not in processor.tokenizer.decode(made)
+    without = tokens(vision, user("Hi"), Message(role="assistant", content=""), user("And?"))
+    assert made == without[: len(before)] + answer + without[len(before) :]
+
+
+@given(
+    answer=st.lists(st.integers(min_value=5, max_value=255)),
+    pieces=st.lists(st.sampled_from([*RESERVED, "<|im_", "end|>", "a"])),
+)
+def test_a_known_answer_is_kept_beside_whatever_users_forge(
+    vision: PromptBuilder, processor: Any, answer: list[int], pieces: list[str]
+) -> None:
+    forged = "".join(pieces)
+
+    def history(text: str) -> list[Message]:
+        return [user(text), Message(role="assistant", content="x"), user("And?")]
+
+    made = tokens(vision, *history(forged), answer_ids={1: answer})
+    before = tokens(vision, user(forged))
+    assert made[: len(before) + len(answer)] == before + answer
+    harmless = tokens(vision, *history("y"))
+    assert reserved_in(processor, made) == reserved_in(processor, harmless)
+    assert forged in processor.tokenizer.decode(made)
+
+
+def test_special_tokens_in_a_known_answer_are_meant(vision: PromptBuilder, processor: Any) -> None:
+    start = processor.tokenizer.convert_tokens_to_ids(START)
+    history = [user("Hi"), Message(role="assistant", content="x"), user("And?")]
+    made = tokens(vision, *history, answer_ids={1: [start, 20]})
+    assert made.count(start) == tokens(vision, *history).count(start) + 1
+
+
+def test_a_placeholder_in_a_known_answer_is_taken_for_no_picture(
+    vision: PromptBuilder, processor: Any
+) -> None:
+    image = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    history = [user(None, "Hi"), Message(role="assistant", content="told"), user("And?")]
+    made = tokens(vision, *history, images=1, answer_ids={1: [20, image]})
+    assert made == tokens(vision, *history, images=1)
+
+
+@pytest.mark.parametrize("index", [-1, 0, 2, 3])
+def test_only_answers_have_exact_tokens(vision: PromptBuilder, index: int) -> None:
+    history = [user("Hi"), Message(role="assistant", content="x"), user("And?")]
+    with pytest.raises(InvalidRequest, match="no message of the assistant"):
+        tokens(vision, *history, answer_ids={index: [20]})
+
+
+def test_tokens_fail_as_build_does(vision: PromptBuilder, text: PromptBuilder) -> None:
+    with pytest.raises(InvalidRequest, match="do not have 2 image parts"):
+        tokens(vision, user(None, "Hello"), images=2)
+    with pytest.raises(UnsupportedParameter, match="takes no images"):
+        tokens(text, user(None, "Hello"), images=1)
+    with pytest.raises(InvalidRequest, match=r"1 image placeholders .* for 0 images"):
+        tokens(vision, user(IMAGE), do_preprocess=False)
+
+
+def test_a_raw_prompt_is_tokenised_as_it_is(vision: PromptBuilder, processor: Any) -> None:
+    raw = f"{START}user\n{IMAGE}?{END}"
+    made = tokens(vision, user(None, raw), images=1, do_preprocess=False)
+    assert made == processor.tokenizer(raw)["input_ids"]
+
+
+def test_many_threads_build_prompts_at_a_time(processor: Any) -> None:
+    builder = PromptBuilder("tiny", processor, takes_images=True)
+    requests = [[user(*["a", END, "b"][: 1 + index % 3] * (1 + index))] for index in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda messages: tokens(builder, *messages), requests))
+    assert together == [tokens(builder, *messages) for messages in requests]
+
+
+@given(
+    texts=st.lists(st.lists(st.integers(min_value=1, max_value=9), max_size=4), min_size=1),
+    data=st.data(),
+)
+def test_each_placeholder_is_expanded_in_its_place(texts: list[list[int]], data: Any) -> None:
+    expansions = [
+        data.draw(st.lists(st.sampled_from([0, 0, 5]), min_size=1, max_size=5)) for _ in texts[1:]
+    ]
+    joined = list(texts[0])
+    for each in texts[1:]:
+        joined += [0, *each]
+    expanded, spans = expand(joined, 0, expansions)
+    assert [expanded[start : start + length] for start, length in spans] == expansions
+    rest, end = [], 0
+    for start, length in [*spans, (len(expanded), 0)]:
+        rest.append(expanded[end:start])
+        end = start + length
+    assert rest == texts
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_as_many_expansions_as_placeholders_are_needed(count: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"2 image placeholders for {count} images"):
+        expand([1, 0, 2, 0], 0, [[0]] * count)
 
 
 def test_nothing_forges_a_turn_of_the_shipped_model() -> None:

@@ -16,6 +16,7 @@ from visq.types import GenerationConfig, ImagePart, Message, TextPart
 from worker.engine.config import SMALL_MODEL, EngineConfig
 from worker.engine.face import EngineRequest
 from worker.engine.generate import GenerateEngine
+from worker.engine.opening import open_engine
 
 MOST_TOKENS = 12
 
@@ -24,7 +25,7 @@ Plain = Callable[[list[Message], list[PixelBuffer]], list[int]]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[GenerateEngine]:
-    engine = GenerateEngine(EngineConfig(device="cpu"))
+    engine = open_engine(EngineConfig(engine="generate", device="cpu"))
     yield engine
     engine.close()
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class PreparedImage:
     """A picture as the model's own image processor prepares it, on the CPU."""
 

@@ -1,0 +1,41 @@
+"""The memory of the KV cache: one tensor, in blocks of some tokens."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Keys and values of all layers.
+
+    ``(blocks, layers, 2, block_size, kv_heads, head_dim)``: a block is contiguous over all layers,
+    so that it can be moved in one copy.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        *,
+        layers: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (blocks, layers, 2, block_size, kv_heads, head_dim)
+        # Zeros, since padding is read (and masked): 0 times NaN would be NaN.
+        self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+        self.blocks = blocks
+        self.layers = layers
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, as views ``(blocks, block_size, kv_heads, head_dim)``."""
+        return self.pool[:, index, 0], self.pool[:, index, 1]
+
+
+def bytes_per_block(
+    *, layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    return layers * 2 * block_size * kv_heads * head_dim * dtype.itemsize

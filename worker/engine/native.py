@@ -1,0 +1,417 @@
+"""The native engine: continuous batching over unmodified transformers modules.
+
+One thread owns the model. Each round of its loop::
+
+    take in     requests that were prepared, cancels, pictures that were prepared again
+    plan        which tokens of which sequences come next           (worker.engine.scheduler)
+    launch      encode pictures, forward pass, sampling             (worker.engine.runner)
+    finish      the tokens of the step before: text, stops, events  (worker.engine.generation)
+
+With `overlap`, a step is launched before the one before it is finished, so that the device never
+waits for the host; a sequence that has stopped is then computed once too often, and its surplus
+token is dropped. Without, each step is finished at once. The answers are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from visq.errors import EngineCrashed, EngineError, VisqError
+from worker.engine.attention import NAME
+from worker.engine.blocks import BlockPool
+from worker.engine.config import EngineConfig
+from worker.engine.face import (
+    EngineInfo,
+    EngineRequest,
+    Event,
+    Failed,
+    Finished,
+    Handle,
+    Logprobs,
+    Outcome,
+    Stopped,
+)
+from worker.engine.families.base import Family, PreparedImage
+from worker.engine.generation import Generation
+from worker.engine.intake import Intake, Running
+from worker.engine.lanes import Task
+from worker.engine.loading import LoadedModel
+from worker.engine.runner import Launched, Runner
+from worker.engine.sampler import Sampler, SampleRow
+from worker.engine.scheduler import Scheduler, Step
+from worker.engine.sequence import ImageSpan, Sequence
+from worker.engine.sizes import Sizes
+from worker.engine.stats import Counters, EngineStats
+from worker.engine.vision import VisionCache
+
+logger = logging.getLogger(__name__)
+
+IDLE_LOOK: Final = 0.1
+"""Seconds between two looks at deadlines while nothing is computed."""
+
+
+class NativeEngine:
+    """An `Engine` in this process (`worker.engine.face` says what its methods promise)."""
+
+    def __init__(self, loaded: LoadedModel, family: Family, config: EngineConfig) -> None:
+        self._loaded = loaded
+        self._family = family
+        sizes = Sizes(loaded, config)
+        self._sizes = sizes
+        self._pool = BlockPool(sizes.blocks)
+        self._cache = sizes.cache()
+        self._vision = VisionCache(sizes.vision_cache_bytes)
+        self._scheduler = Scheduler(
+            sizes.limits, self._pool, self._vision, prefix_caching=config.prefix_caching
+        )
+        slots = sizes.limits.max_sequences
+        self._sampler = Sampler(loaded.vocab_size, slots, loaded.device)
+        family.decoder.config._attn_implementation = NAME
+        self._runner = Runner(
+            family, self._cache, self._sampler, self._vision, slots=slots, device=loaded.device
+        )
+        self._overlap = config.overlap
+        if self._overlap is None:
+            self._overlap = loaded.device.type == "cuda"
+        self._counters = Counters()
+        self._running: dict[Task, Running] = {}
+        self._owners: dict[Sequence, tuple[Running, Generation]] = {}
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._preparing: set[ImageSpan] = set()
+        self.ended = threading.Event()
+        """Set when the engine answers no more: closed, or CUDA has died."""
+        self._intake = Intake(
+            loaded,
+            family,
+            lambda task, result: self._inbox.put(partial(self._enter, task, result)),
+            max_context=sizes.max_context,
+            prepared_bytes=config.prepared_bytes,
+            is_cached=self._vision.__contains__,
+        )
+        self._thread = threading.Thread(target=self._run, name="visq-engine", daemon=True)
+        self._thread.start()
+
+    # --- the face ----------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        loaded = self._loaded
+        return EngineInfo(
+            model=loaded.name,
+            engine="native",
+            device=loaded.device.type,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            load_seconds=loaded.load_seconds,
+            max_context=self._sizes.max_context,
+            capacity=2 * self._sizes.limits.max_sequences,
+        )
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended.is_set()
+
+    def submit(self, request: EngineRequest, sink: Callable[[Event], None] | None = None) -> Handle:
+        """Take a request.
+
+        :param sink: takes the events in place of the handle's iterator.
+        """
+        seconds = request.deadline_seconds
+        deadline = None if seconds is None else time.monotonic() + seconds
+        handle = Handle(lambda: self._cancel(task), sink)
+        task = Task(request, handle, deadline)
+        self._counters.requests += 1
+        if not self._intake.waiting.put(task):
+            handle.publish(Failed(EngineCrashed("the engine has ended")))
+        return handle
+
+    def close(self) -> None:
+        self.ended.set()
+        self._inbox.put(_nothing)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done so far."""
+        scheduler, pool = self._scheduler, self._pool
+        return EngineStats(
+            queued=len(self._intake.waiting),
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            preemptions=scheduler.preemptions,
+            total_blocks=pool.total,
+            held_blocks=pool.held,
+            available_blocks=pool.available,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            vision_bytes=self._vision.nbytes,
+            vision_hits=self._vision.hits,
+            vision_misses=self._vision.misses,
+            **asdict(self._counters),
+        )
+
+    def _cancel(self, task: Task) -> None:
+        task.cancelled = True
+        if self._intake.waiting.remove(task):
+            task.handle.publish(Stopped("cancelled"))
+        self._inbox.put(_nothing)  # wake up
+
+    # --- the loop ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        before: Launched | None = None
+        try:
+            while not self.ended.is_set():
+                self._take_in(wait=before is None and not self._scheduler.busy)
+                self._end_unwanted()
+                step = self._scheduler.plan()
+                self._prepare_again(step)
+                launched = self._launch(step) if step.chunks else None
+                if before is not None:
+                    self._finish(before)
+                before = launched
+                if before is not None and not self._overlap:
+                    self._finish(before)
+                    before = None
+                if launched is None and before is None:
+                    # Everything that runs waits for pixels.
+                    self._take_in(wait=bool(self._scheduler.running))
+        except Exception:
+            logger.exception("the engine's loop has failed; the engine ends")
+        finally:
+            self._end()
+
+    def _take_in(self, *, wait: bool) -> None:
+        """Do what other threads have asked for; `wait` for it if there is nothing else to do."""
+        try:
+            # (Waiting has an end, since deadlines of requests in preparation pass meanwhile.)
+            self._inbox.get(block=wait, timeout=IDLE_LOOK if wait else None)()
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            return
+
+    def _enter(self, task: Task, result: Running | VisqError) -> None:
+        if isinstance(result, VisqError):
+            task.handle.publish(Failed(result))
+            return
+        self._running[task] = result
+        for generation in result.generations:
+            self._owners[generation.sequence] = (result, generation)
+        self._scheduler.add(result.first)
+
+    def _end_unwanted(self) -> None:
+        for task in self._intake.waiting.take_expired():
+            task.handle.publish(Stopped("expired"))
+        for task, running in list(self._running.items()):
+            if task.cancelled:
+                self._end_request(running, Stopped("cancelled"))
+            elif task.expired:
+                self._end_request(running, Stopped("expired"))
+
+    def _prepare_again(self, step: Step) -> None:
+        for sequence, image in step.unprepared:
+            if image in self._preparing:
+                continue
+            self._preparing.add(image)
+            running, _ = self._owners[sequence]
+            buffer = running.task.request.images[image.index]
+            self._intake.prepare_again(
+                buffer,
+                lambda result, r=running, i=image: self._inbox.put(
+                    partial(self._prepared, r, i, result)
+                ),
+            )
+
+    def _prepared(
+        self, running: Running, image: ImageSpan, result: PreparedImage | VisqError
+    ) -> None:
+        self._preparing.discard(image)
+        if isinstance(result, VisqError):
+            self._end_request(running, Failed(result))
+        elif running.task in self._running:
+            image.prepared = result
+
+    def _launch(self, step: Step) -> Launched | None:
+        try:
+            for sequence in step.admitted:
+                generation = self._owners[sequence][1]
+                self._sampler.begin(sequence.slot, generation.params, generation.generated_ids)
+            rows = self._rows(step)
+            if not step.chunks:
+                return None
+            start = time.monotonic()
+            self._runner.encode(step)
+            if step.encode:
+                self._counters.encoded_images += len(step.encode)
+                self._counters.vision_seconds += time.monotonic() - start
+            keep = any(self._owners[c.sequence][1].keep_logits for c in step.chunks if c.samples)
+            launched = self._runner.launch(step, rows, keep_logits=keep)
+        except torch.AcceleratorError:
+            # CUDA is unusable from here on: only a new process helps.
+            self.ended.set()
+            raise
+        except Exception:
+            logger.exception("a step has failed")
+            for chunk in step.chunks:
+                self._end_request(self._owners[chunk.sequence][0], Failed(_failure()))
+            return None
+        self._scheduler.launched(step)
+        return launched
+
+    def _rows(self, step: Step) -> list[SampleRow]:
+        """How the step's tokens are sampled; a request that cannot say so leaves the step."""
+        rows: list[SampleRow] = []
+        for chunk in step.chunks:
+            running, generation = self._owners[chunk.sequence]
+            try:
+                if chunk.samples:
+                    rows.append(generation.row())
+            except VisqError as error:
+                self._end_request(running, Failed(error))
+            except Exception:
+                logger.exception("request %s failed", running.task.request.id)
+                self._end_request(running, Failed(_failure()))
+        step.keep(lambda chunk: not chunk.sequence.ended)
+        return rows
+
+    def _finish(self, launched: Launched) -> None:
+        """Wait for a launched step and hand out its tokens."""
+        tokens: list[int] = []
+        logprobs: dict[int, Logprobs] = {}
+        failed: Mapping[int, Exception] = {}
+        if (sampled := launched.sampled) is not None:
+            tokens = sampled.token_ids.tolist()
+            failed = sampled.failed
+            if sampled.logprobs is not None:
+                logprobs = sampled.unpack_logprobs(sampled.logprobs.cpu())
+        self._counters.steps += 1
+        self._counters.step_tokens += launched.step.tokens
+        for sequence, start, of_prompt in launched.prompt_logits:
+            if sequence in self._owners:
+                self._keep_prompt_logits(sequence, start, of_prompt)
+        for row, sequence in enumerate(launched.sampling):
+            if sequence.ended:
+                continue  # it has stopped: this token is one too many
+            running, generation = self._owners[sequence]
+            logits = None
+            if generation.keep_logits and launched.logits is not None:
+                logits = launched.logits[row].cpu().numpy()
+            try:
+                if row in failed:
+                    raise failed[row]
+                self._take(running, generation, tokens[row], logprobs.get(row), logits)
+            except VisqError as error:
+                self._end_request(running, Failed(error))
+            except Exception:
+                logger.exception("request %s failed", running.task.request.id)
+                self._end_request(running, Failed(_failure()))
+        self._scheduler.finished(launched.step)
+        for sequence in launched.sampling:
+            if sequence.ended and sequence in self._owners:
+                running, _ = self._owners[sequence]
+                if self._scheduler.knows(sequence):
+                    self._scheduler.remove(sequence)
+                if all(generation.choice is not None for generation in running.generations):
+                    self._end_request(running, self._outcome(running))
+
+    def _take(
+        self,
+        running: Running,
+        generation: Generation,
+        token: int,
+        logprobs: Logprobs | None,
+        logits: NDArray[np.float32] | None,
+    ) -> None:
+        """Add a sampled token to an answer."""
+        self._counters.generated_tokens += 1
+        if running.first_token_at is None:
+            now = running.first_token_at = time.monotonic()
+            self._counters.first_tokens += 1
+            self._counters.first_token_seconds += now - running.task.submitted
+            for other in running.generations[1:]:
+                # The prompt is in the cache: there the other choices find it.
+                self._scheduler.add(other.sequence)
+        event = generation.take(token, logprobs, logits)
+        if event is not None:
+            running.task.handle.publish(event)
+        if generation.stopped:
+            self._complete(running, generation)
+
+    def _complete(self, running: Running, generation: Generation) -> None:
+        prompt_logits = None
+        if running.prompt_logits:
+            prompt_logits = np.concatenate(
+                [running.prompt_logits[start] for start in sorted(running.prompt_logits)]
+            )
+        event = generation.finish(prompt_logits)
+        if event is not None:
+            running.task.handle.publish(event)
+        # Its blocks are given back after `finished` has made them known by their content.
+        generation.sequence.ended = True
+
+    def _outcome(self, running: Running) -> Outcome:
+        choices = [generation.choice for generation in running.generations]
+        ppl = None
+        if running.task.request.gen_config.return_ppl and running.nll:
+            ppl = sum(running.nll.values()) / len(running.nll)
+        return Finished(
+            tuple(choice for choice in choices if choice is not None),
+            running.prompt_tokens,
+            running.first.cached_tokens,
+            ppl,
+        )
+
+    def _keep_prompt_logits(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        running, _ = self._owners[sequence]
+        config = running.task.request.gen_config
+        if config.output_logits == "all":
+            running.prompt_logits[start] = logits.cpu().numpy()
+        if config.return_ppl:
+            targets = sequence.token_ids[start + 1 : sequence.prompt_tokens][: len(logits)]
+            likelihoods = logits[: len(targets)].log_softmax(-1)
+            for offset, target in enumerate(targets):
+                running.nll[start + offset] = -float(likelihoods[offset, target])
+
+    def _end_request(self, running: Running, outcome: Outcome) -> None:
+        """Publish the outcome and give everything back."""
+        if self._running.pop(running.task, None) is None:
+            return  # it has ended already
+        for generation in running.generations:
+            sequence = generation.sequence
+            sequence.ended = True
+            del self._owners[sequence]
+            if self._scheduler.knows(sequence):
+                self._scheduler.remove(sequence)
+        if isinstance(outcome, Finished):
+            self._counters.finished += 1
+            if running.first_token_at is not None:
+                self._counters.token_seconds += time.monotonic() - running.first_token_at
+        running.task.handle.publish(outcome)
+
+    def _end(self) -> None:
+        self.ended.set()
+        error = EngineCrashed("the engine has ended")
+        for task in self._intake.close():
+            task.handle.publish(Failed(error))
+        self._take_in(wait=False)
+        for running in list(self._running.values()):
+            self._end_request(running, Failed(error))
+
+
+def _failure() -> EngineError:
+    return EngineError("the engine failed on this request; its log says more")
+
+
+def _nothing() -> None:
+    """Wakes the loop up."""

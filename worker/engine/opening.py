@@ -1,0 +1,39 @@
+"""Opens the engine that fits a model: the native one where it can serve it, else `generate`."""
+
+from __future__ import annotations
+
+import logging
+
+from visq.errors import ConfigurationError
+from worker.engine.config import EngineConfig
+from worker.engine.families import family_of
+from worker.engine.generate import GenerateEngine
+from worker.engine.loading import load
+from worker.engine.native import NativeEngine
+
+logger = logging.getLogger(__name__)
+
+
+def open_engine(config: EngineConfig) -> NativeEngine | GenerateEngine:
+    """Load a model and start its engine in this process.
+
+    :raises ConfigurationError: if the model cannot be loaded, or ``config.engine`` is ``native``
+        and the native engine cannot serve it.
+    """
+    loaded = load(config)
+    if config.engine == "generate":
+        return GenerateEngine(loaded)
+    family = family_of(loaded.model, loaded.processor)
+    if family is not None:
+        return NativeEngine(loaded, family, config)
+    if config.engine == "native":
+        raise ConfigurationError(
+            f"VISQ_MODEL={config.model}: the native engine does not know models of type "
+            f"{loaded.model.config.model_type}; use the engine `generate`"
+        )
+    logger.warning(
+        "the model %s (%s) is served by the slow engine `generate`, one request after the other",
+        loaded.name,
+        loaded.model.config.model_type,
+    )
+    return GenerateEngine(loaded)
