@@ -13,19 +13,64 @@ if TYPE_CHECKING:
     from visq.client import AsyncClient, Client
     from visq.consumer import Event, consume
     from visq.errors import VisqError
+    from visq.pipeline import (
+        ChatTemplateConfig,
+        EngineConfig,
+        GenerationConfig,
+        Pipeline,
+        PytorchEngineConfig,
+        RemotePipeline,
+        Response,
+        SpeculativeConfig,
+        TurbomindEngineConfig,
+        VisionConfig,
+        pipeline,
+    )
     from visq.settings import Settings
+    from visq.vl import load_image
 
 __version__: Final = "0.1.0"
 
-__all__ = ["AsyncClient", "Client", "Event", "Settings", "VisqError", "consume"]
+__all__ = [
+    "AsyncClient",
+    "ChatTemplateConfig",
+    "Client",
+    "EngineConfig",
+    "Event",
+    "GenerationConfig",
+    "Pipeline",
+    "PytorchEngineConfig",
+    "RemotePipeline",
+    "Response",
+    "Settings",
+    "SpeculativeConfig",
+    "TurbomindEngineConfig",
+    "VisionConfig",
+    "VisqError",
+    "consume",
+    "load_image",
+    "pipeline",
+]
 
 _HOMES: Final = {
     "AsyncClient": "visq.client",
+    "ChatTemplateConfig": "visq.pipeline",
     "Client": "visq.client",
+    "EngineConfig": "visq.pipeline",
     "Event": "visq.consumer",
+    "GenerationConfig": "visq.pipeline",
+    "Pipeline": "visq.pipeline",
+    "PytorchEngineConfig": "visq.pipeline",
+    "RemotePipeline": "visq.pipeline",
+    "Response": "visq.pipeline",
     "Settings": "visq.settings",
+    "SpeculativeConfig": "visq.pipeline",
+    "TurbomindEngineConfig": "visq.pipeline",
+    "VisionConfig": "visq.pipeline",
     "VisqError": "visq.errors",
     "consume": "visq.consumer",
+    "load_image": "visq.vl",
+    "pipeline": "visq.pipeline",
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -22,31 +21,42 @@ from visq.errors import EngineError, InvalidRequest, UnsupportedParameter
 FIELD: Final = "gen_config.response_format"
 MAX_BYTES: Final = 64 * 1024
 """Longest schema (as JSON) or expression."""
-CACHED: Final = 64
-"""Compiled grammars that are kept."""
 
 Source: TypeAlias = tuple[str, str]
 """Kind (``json`` or ``regex``), and the schema as JSON or the expression."""
 
 
 class CompiledGrammar:
-    """A grammar at its start; not changed by those that follow it."""
+    """A grammar that is known to be good."""
 
-    def __init__(self, matcher: LLMatcher, words: int) -> None:
-        self._matcher = matcher
+    def __init__(self, vocabulary: LLTokenizer, text: str, words: int) -> None:
+        """
+        :param text: the grammar in llguidance's form.
+        :param words: length of a bit mask.
+        """
+        self._vocabulary = vocabulary
+        self._text = text
         self._words = words
 
     def start(self, stop_ids: Collection[int], generated: Sequence[int] = ()) -> Grammar:
-        """A new answer's grammar.
+        """The grammar of an answer; takes about a millisecond.
+
+        Nothing is shared between answers: copies of one matcher share its lexer, and an answer that
+        exhausts its limits would then end all of them.
 
         :param stop_ids: the tokens that end this answer, all of the vocabulary.
         :param generated: what the answer has already, if it goes on after a preemption.
         :raises EngineError: if `generated` does not follow the grammar.
         """
-        grammar = Grammar(self._matcher.deep_copy(), self._words, stop_ids)
+        grammar = Grammar(self.matcher(), self._words, stop_ids)
         for token in generated:
             grammar.accept(token)
         return grammar
+
+    def matcher(self) -> LLMatcher:
+        # The limits of work per step are llguidance's own, but for memory: 1 to 2 kB a state.
+        limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+        return LLMatcher(self._vocabulary, self._text, log_level=0, limits=limits)
 
 
 class Grammar:
@@ -108,7 +118,6 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._stop_ids = sorted(stop_ids)
         self._vocabulary: LLTokenizer | None = None
-        self._cache: OrderedDict[Source, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
 
     def compile(self, response_format: Mapping[str, Any] | None) -> CompiledGrammar | None:
@@ -126,20 +135,38 @@ class GrammarCompiler:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary()
-            found = self._cache.get(source)
-            if found is None:
-                found = self._compile(source, self._vocabulary)
-                self._cache[source] = found
-                if len(self._cache) > CACHED:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(source)
-        return found
+        kind, text = source
+        try:
+            if kind == "json":
+                grammar = LLMatcher.grammar_from_json_schema(text)
+            else:
+                grammar = LLMatcher.grammar_from_regex(text)
+        except ValueError as error:
+            raise _refusal(str(error)) from error
+        compiled = CompiledGrammar(self._vocabulary, grammar, (self._vocab_size + 31) // 32)
+        self._check(compiled)
+        return compiled
+
+    @staticmethod
+    def _check(compiled: CompiledGrammar) -> None:
+        """Take the first step, to see that there is one.
+
+        :raises InvalidRequest: if there is none.
+        """
+        matcher = compiled.matcher()
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+        if matcher.is_error():
+            raise _refusal(matcher.get_error())
+        if not any(mask):
+            raise _refusal("no token can be the first one")
 
     def _read_vocabulary(self) -> LLTokenizer:
         tokens = max(self._tokenizer.get_vocab().values()) + 1
         try:
             return llguidance.hf.from_tokenizer(
-                self._tokenizer, n_vocab=max(tokens, self._vocab_size), eos_token=self._stop_ids
+                self._tokenizer,
+                n_vocab=max(tokens, self._vocab_size),
+                eos_token=self._stop_ids or None,  # None: the tokenizer's own
             )
         except ValueError as error:
             raise UnsupportedParameter(
@@ -148,31 +175,9 @@ class GrammarCompiler:
                 param=FIELD,
             ) from error
 
-    def _compile(self, source: Source, vocabulary: LLTokenizer) -> CompiledGrammar:
-        kind, text = source
-        # The limits of work per step are llguidance's own, but for memory: 1 to 2 kB a state.
-        limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-        try:
-            if kind == "json":
-                grammar = LLMatcher.grammar_from_json_schema(text)
-            else:
-                grammar = LLMatcher.grammar_from_regex(text)
-            matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
-        except ValueError as error:
-            raise _refusal(str(error)) from error
-        if matcher.is_error():
-            raise _refusal(matcher.get_error())
-        start = matcher.deep_copy()
-        mask = start.compute_bitmask()
-        if start.is_error():
-            raise _refusal(start.get_error())
-        if not any(mask):
-            raise _refusal("no token can be the first one")
-        return CompiledGrammar(matcher, (self._vocab_size + 31) // 32)
-
 
 def _source(response_format: Mapping[str, Any] | None) -> Source | None:
-    """What to compile, in a form that tells equal formats.
+    """What to compile; ``None``: nothing.
 
     :raises InvalidRequest, UnsupportedParameter: see `GrammarCompiler.compile`.
     """

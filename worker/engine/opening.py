@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TypeAlias
 
 from visq.errors import ConfigurationError
 from worker.engine.config import EngineConfig
@@ -11,10 +12,13 @@ from worker.engine.generate import GenerateEngine
 from worker.engine.loading import load
 from worker.engine.native import NativeEngine
 
+LocalEngine: TypeAlias = NativeEngine | GenerateEngine
+"""An engine in this process."""
+
 logger = logging.getLogger(__name__)
 
 
-def open_engine(config: EngineConfig) -> NativeEngine | GenerateEngine:
+def open_engine(config: EngineConfig) -> LocalEngine:
     """Load a model and start its engine in this process.
 
     :raises ConfigurationError: if the model cannot be loaded, or ``config.engine`` is ``native``

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ import pytest
 from tests.worker.engine.models import save_text_model, save_vision_model
 from visq.pixels import PixelBuffer
 from worker.engine.config import EngineConfig
-from worker.engine.generate import GenerateEngine
-from worker.engine.opening import open_engine
+from worker.engine.opening import LocalEngine, open_engine
 
 
 @pytest.fixture(scope="session")
@@ -25,16 +25,38 @@ def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_vision_model(tmp_path_factory.mktemp("vision-model"))
 
 
+@pytest.fixture(scope="session", params=["native", "generate"])
+def kind(request: pytest.FixtureRequest) -> Literal["native", "generate"]:
+    """Both engines keep the same promises."""
+    kind: Literal["native", "generate"] = request.param
+    return kind
+
+
 @pytest.fixture(scope="session")
-def text_engine(text_model: Path) -> Iterator[GenerateEngine]:
+def text_engine(text_model: Path, kind: Literal["native", "generate"]) -> Iterator[LocalEngine]:
+    engine = open_engine(EngineConfig(engine=kind, model=str(text_model), device="cpu"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def vision_engine(vision_model: Path, kind: Literal["native", "generate"]) -> Iterator[LocalEngine]:
+    engine = open_engine(EngineConfig(engine=kind, model=str(vision_model), device="cpu"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def plain_engine(text_model: Path) -> Iterator[LocalEngine]:
     engine = open_engine(EngineConfig(engine="generate", model=str(text_model), device="cpu"))
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="session")
-def vision_engine(vision_model: Path) -> Iterator[GenerateEngine]:
-    engine = open_engine(EngineConfig(engine="generate", model=str(vision_model), device="cpu"))
+def one_at_a_time(text_model: Path, kind: Literal["native", "generate"]) -> Iterator[LocalEngine]:
+    config = EngineConfig(engine=kind, model=str(text_model), device="cpu", max_batch_size=1)
+    engine = open_engine(config)
     yield engine
     engine.close()
 

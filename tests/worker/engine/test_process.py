@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -25,7 +26,7 @@ from visq.pixels import PixelBuffer
 from visq.types import ImagePart, ImageUrl, Message
 from worker.engine.config import EngineConfig
 from worker.engine.face import EngineRequest, Outcome, Stopped, TokenEvent
-from worker.engine.generate import GenerateEngine
+from worker.engine.opening import LocalEngine
 from worker.engine.process import ProcessEngine
 
 ROOT = Path(__file__).parents[3]
@@ -33,15 +34,15 @@ ENDLESS = {"max_new_tokens": None, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def engine(vision_model: Path) -> Iterator[ProcessEngine]:
-    engine = ProcessEngine(EngineConfig(model=str(vision_model), device="cpu"))
+def engine(vision_model: Path, kind: Literal["native", "generate"]) -> Iterator[ProcessEngine]:
+    engine = ProcessEngine(EngineConfig(engine=kind, model=str(vision_model), device="cpu"))
     yield engine
     engine.close()
     assert not engine.alive
 
 
 def test_it_answers_as_the_engine_in_this_process_does(
-    engine: ProcessEngine, vision_engine: GenerateEngine, picture: Callable[[int], PixelBuffer]
+    engine: ProcessEngine, vision_engine: LocalEngine, picture: Callable[[int], PixelBuffer]
 ) -> None:
     request = ask("What are these?", picture(1), picture(2))
     *deltas, answer = list(engine.submit(request))
@@ -53,7 +54,7 @@ def test_it_answers_as_the_engine_in_this_process_does(
 
 
 def test_a_crowd_of_threads_gets_each_its_own_answer(
-    engine: ProcessEngine, vision_engine: GenerateEngine
+    engine: ProcessEngine, vision_engine: LocalEngine
 ) -> None:
     requests = [ask("x" * n, max_new_tokens=4) for n in range(1, 33)]
     everybody_is_there = threading.Barrier(len(requests))

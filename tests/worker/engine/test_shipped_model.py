@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,8 +15,7 @@ from visq.pixels import PixelBuffer
 from visq.types import GenerationConfig, ImagePart, Message, TextPart
 from worker.engine.config import SMALL_MODEL, EngineConfig
 from worker.engine.face import EngineRequest
-from worker.engine.generate import GenerateEngine
-from worker.engine.opening import open_engine
+from worker.engine.opening import LocalEngine, open_engine
 
 MOST_TOKENS = 12
 
@@ -24,8 +23,8 @@ Plain = Callable[[list[Message], list[PixelBuffer]], list[int]]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[GenerateEngine]:
-    engine = open_engine(EngineConfig(engine="generate", device="cpu"))
+def engine(kind: Literal["native", "generate"]) -> Iterator[LocalEngine]:
+    engine = open_engine(EngineConfig(engine=kind, device="cpu"))
     yield engine
     engine.close()
 
@@ -90,7 +89,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_greedy_answer_is_that_of_generate(
     name: str,
-    engine: GenerateEngine,
+    engine: LocalEngine,
     processor: Any,
     plain: Plain,
     picture: Callable[[int], PixelBuffer],
@@ -109,7 +108,7 @@ def test_a_greedy_answer_is_that_of_generate(
 
 
 def test_it_takes_one_thread_so_that_a_busy_machine_does_not_make_it_wait(
-    engine: GenerateEngine,
+    engine: LocalEngine,
 ) -> None:
     finished(engine.submit(ask(max_new_tokens=1)).result())
     assert torch.get_num_threads() == 1

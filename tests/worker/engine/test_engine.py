@@ -1,4 +1,4 @@
-"""The plain engine on tiny models: its answers, its limits, its failures."""
+"""Both engines on tiny models: their answers, their limits, their failures."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from visq.pixels import PixelBuffer
 from visq.types import Lane
 from worker.engine.config import EngineConfig
 from worker.engine.face import Event, Finished, Handle, Stopped, TokenEvent
-from worker.engine.generate import GenerateEngine
-from worker.engine.opening import open_engine
+from worker.engine.opening import LocalEngine, open_engine
 
 QUESTIONS = ("Hello", "What is this?", "Zwölf 🙂", "x " * 20)
 
@@ -41,7 +40,7 @@ def endless(**gen_config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_a_greedy_answer_is_that_of_generate(
-    vision_engine: GenerateEngine,
+    vision_engine: LocalEngine,
     vision_model: Path,
     question: str,
     images: int,
@@ -73,7 +72,7 @@ def reference(folder: Path, question: str, images: list[PixelBuffer]) -> list[in
 
 
 def test_another_picture_gives_another_answer(
-    vision_engine: GenerateEngine, picture: Callable[[int], PixelBuffer]
+    vision_engine: LocalEngine, picture: Callable[[int], PixelBuffer]
 ) -> None:
     answers = {
         finished(vision_engine.submit(ask("What?", picture(seed))).result()).text
@@ -83,7 +82,7 @@ def test_another_picture_gives_another_answer(
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_the_events_make_the_answer(text_engine: GenerateEngine, question: str) -> None:
+def test_the_events_make_the_answer(text_engine: LocalEngine, question: str) -> None:
     *deltas, answer = list(text_engine.submit(ask(question, skip_special_tokens=False)))
     assert isinstance(answer, Finished)
     tokens = [event for event in deltas if isinstance(event, TokenEvent)]
@@ -93,13 +92,13 @@ def test_the_events_make_the_answer(text_engine: GenerateEngine, question: str) 
     assert answer.completion_tokens == len(answer.token_ids)
 
 
-def test_max_new_tokens_ends_an_answer_by_length(text_engine: GenerateEngine) -> None:
+def test_max_new_tokens_ends_an_answer_by_length(text_engine: LocalEngine) -> None:
     answer = finished(text_engine.submit(ask(max_new_tokens=5, ignore_eos=True)).result())
     assert (answer.finish_reason, answer.completion_tokens) == ("length", 5)
 
 
 def test_without_max_new_tokens_the_answer_may_fill_the_context(
-    text_engine: GenerateEngine,
+    text_engine: LocalEngine,
 ) -> None:
     answer = finished(text_engine.submit(ask(**endless())).result())
     assert answer.finish_reason == "length"
@@ -111,7 +110,7 @@ def test_without_max_new_tokens_the_answer_may_fill_the_context(
     [("a" * 100, 200, ("121", "200", "256", "135")), ("a" * 500, None, ("521", "256"))],
 )
 def test_what_does_not_fit_the_context_is_refused_with_the_numbers(
-    text_engine: GenerateEngine, text: str, max_new_tokens: int | None, numbers: tuple[str, ...]
+    text_engine: LocalEngine, text: str, max_new_tokens: int | None, numbers: tuple[str, ...]
 ) -> None:
     error = failed(text_engine.submit(ask(text, max_new_tokens=max_new_tokens)).result()).error
     assert isinstance(error, ContextLengthExceeded)
@@ -120,7 +119,7 @@ def test_what_does_not_fit_the_context_is_refused_with_the_numbers(
 
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_word_over_several_tokens_ends_the_answer(
-    text_engine: GenerateEngine, include: bool
+    text_engine: LocalEngine, include: bool
 ) -> None:
     whole = finished(text_engine.submit(ask()).result())
     word = whole.text[4:7]  # every token is one byte
@@ -135,7 +134,7 @@ def test_a_stop_word_over_several_tokens_ends_the_answer(
 
 
 @pytest.mark.parametrize("include", [False, True])
-def test_a_stop_token_ends_the_answer(text_engine: GenerateEngine, include: bool) -> None:
+def test_a_stop_token_ends_the_answer(text_engine: LocalEngine, include: bool) -> None:
     whole = finished(text_engine.submit(ask()).result()).token_ids
     at = next(i for i in range(3, len(whole)) if whole[i] not in whole[:i])
     request = ask(stop_token_ids=[whole[at]], include_stop_str_in_output=include)
@@ -144,7 +143,7 @@ def test_a_stop_token_ends_the_answer(text_engine: GenerateEngine, include: bool
     assert answer.token_ids == whole[: at + 1 if include else at]
 
 
-def test_stop_tokens_and_words_wait_for_min_new_tokens(text_engine: GenerateEngine) -> None:
+def test_stop_tokens_and_words_wait_for_min_new_tokens(text_engine: LocalEngine) -> None:
     whole = finished(text_engine.submit(ask()).result())
     early = finished(
         text_engine.submit(ask(stop_words=[whole.text[0]], min_new_tokens=10)).result()
@@ -157,7 +156,7 @@ def test_stop_tokens_and_words_wait_for_min_new_tokens(text_engine: GenerateEngi
     assert whole.token_ids[0] not in masked.token_ids[:10]
 
 
-def test_bad_tokens_and_bad_words_never_come(text_engine: GenerateEngine) -> None:
+def test_bad_tokens_and_bad_words_never_come(text_engine: LocalEngine) -> None:
     whole = finished(text_engine.submit(ask()).result())
     tokens = finished(text_engine.submit(ask(bad_token_ids=whole.token_ids[:5])).result())
     assert not set(whole.token_ids[:5]) & set(tokens.token_ids)
@@ -169,7 +168,7 @@ def test_bad_tokens_and_bad_words_never_come(text_engine: GenerateEngine) -> Non
 
 
 def test_the_repetition_penalty_counts_generated_tokens_even_when_greedy(
-    text_engine: GenerateEngine,
+    text_engine: LocalEngine,
 ) -> None:
     request = ask(**endless(max_new_tokens=100))
     plain = finished(text_engine.submit(request).result()).token_ids
@@ -178,7 +177,7 @@ def test_the_repetition_penalty_counts_generated_tokens_even_when_greedy(
     assert len(set(varied)) > len(set(plain))
 
 
-def test_a_seed_gives_the_same_text_whatever_ran_before(text_engine: GenerateEngine) -> None:
+def test_a_seed_gives_the_same_text_whatever_ran_before(text_engine: LocalEngine) -> None:
     def sample(seed: int | None) -> str:
         request = ask(do_sample=True, temperature=1.5, random_seed=seed, ignore_eos=True)
         return finished(text_engine.submit(request).result()).text
@@ -190,7 +189,7 @@ def test_a_seed_gives_the_same_text_whatever_ran_before(text_engine: GenerateEng
 
 
 def test_sampling_leaves_the_random_state_of_the_process_alone(
-    text_engine: GenerateEngine,
+    text_engine: LocalEngine,
 ) -> None:
     before = torch.random.get_rng_state()
     finished(text_engine.submit(ask(do_sample=True, random_seed=1)).result())
@@ -199,7 +198,7 @@ def test_sampling_leaves_the_random_state_of_the_process_alone(
 
 @pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}])
 def test_sampling_of_the_likeliest_only_is_greedy(
-    text_engine: GenerateEngine, fields: dict[str, Any]
+    text_engine: LocalEngine, fields: dict[str, Any]
 ) -> None:
     greedy = finished(text_engine.submit(ask()).result())
     sampled = finished(text_engine.submit(ask(do_sample=True, **fields)).result())
@@ -218,15 +217,15 @@ def test_sampling_of_the_likeliest_only_is_greedy(
         ("repetition_ngram_threshold", 2),
     ],
 )
-def test_a_field_that_cannot_be_honoured_is_refused_by_name(
-    text_engine: GenerateEngine, field: str, value: object
+def test_a_field_that_generate_cannot_honour_is_refused_by_name(
+    plain_engine: LocalEngine, field: str, value: object
 ) -> None:
-    error = failed(text_engine.submit(ask(**{field: value})).result()).error
+    error = failed(plain_engine.submit(ask(**{field: value})).result()).error
     assert isinstance(error, UnsupportedParameter)
     assert error.param == f"gen_config.{field}"
 
 
-def test_an_adapter_is_not_found(text_engine: GenerateEngine) -> None:
+def test_an_adapter_is_not_found(text_engine: LocalEngine) -> None:
     error = failed(text_engine.submit(ask(adapter="cats")).result()).error
     assert isinstance(error, AdapterNotFound)
     assert "cats" in error.message
@@ -234,7 +233,7 @@ def test_an_adapter_is_not_found(text_engine: GenerateEngine) -> None:
 
 @pytest.mark.parametrize("field", ["stop_token_ids", "bad_token_ids"])
 def test_a_token_that_the_model_does_not_have_is_refused(
-    text_engine: GenerateEngine, field: str
+    text_engine: LocalEngine, field: str
 ) -> None:
     error = failed(text_engine.submit(ask(**{field: [1_000_000]})).result()).error
     assert isinstance(error, InvalidRequest)
@@ -242,7 +241,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(
 
 
 def test_a_failure_inside_one_request_is_its_own(
-    vision_engine: GenerateEngine, picture: Callable[[int], PixelBuffer]
+    vision_engine: LocalEngine, picture: Callable[[int], PixelBuffer]
 ) -> None:
     lost = picture(1)
     broken = PixelBuffer(lost.name, height=10**6, width=10**6, sha256=lost.sha256)
@@ -252,7 +251,7 @@ def test_a_failure_inside_one_request_is_its_own(
     finished(vision_engine.submit(ask()).result())
 
 
-def test_a_running_request_ends_soon_after_its_cancel(text_engine: GenerateEngine) -> None:
+def test_a_running_request_ends_soon_after_its_cancel(text_engine: LocalEngine) -> None:
     handle = text_engine.submit(ask(**endless()))
     events = iter(handle)
     assert isinstance(next(events), TokenEvent)
@@ -263,13 +262,13 @@ def test_a_running_request_ends_soon_after_its_cancel(text_engine: GenerateEngin
     handle.cancel()  # once more does no harm
 
 
-def test_a_deadline_ends_a_running_request(text_engine: GenerateEngine) -> None:
+def test_a_deadline_ends_a_running_request(text_engine: LocalEngine) -> None:
     busy = text_engine.submit(ask(**endless(), deadline=0.05))
     assert busy.result() == Stopped("expired")
 
 
 def test_waiting_requests_end_at_once_by_cancel_and_in_time_by_deadline(
-    text_engine: GenerateEngine,
+    text_engine: LocalEngine,
 ) -> None:
     seen = Seen()
     seen.submit(text_engine, "running", **endless())
@@ -282,13 +281,13 @@ def test_waiting_requests_end_at_once_by_cancel_and_in_time_by_deadline(
     assert seen.order[-1] == "running", "neither had to wait for the running one"
 
 
-def test_a_better_lane_goes_first(text_engine: GenerateEngine) -> None:
+def test_a_better_lane_goes_first(one_at_a_time: LocalEngine) -> None:
     seen = Seen()
-    seen.submit(text_engine, "running", **endless())
-    seen.submit(text_engine, "batch", lane=Lane.BATCH)
-    seen.submit(text_engine, "standard", lane=Lane.STANDARD)
-    seen.submit(text_engine, "first chat", lane=Lane.INTERACTIVE)
-    seen.submit(text_engine, "second chat", lane=Lane.INTERACTIVE)
+    seen.submit(one_at_a_time, "running", **endless())
+    seen.submit(one_at_a_time, "batch", lane=Lane.BATCH)
+    seen.submit(one_at_a_time, "standard", lane=Lane.STANDARD)
+    seen.submit(one_at_a_time, "first chat", lane=Lane.INTERACTIVE)
+    seen.submit(one_at_a_time, "second chat", lane=Lane.INTERACTIVE)
     seen.wait()
     assert seen.order == ["running", "first chat", "second chat", "standard", "batch"]
 
@@ -303,22 +302,22 @@ def test_closing_fails_what_is_open_so_that_it_is_tried_again(text_model: Path) 
         assert isinstance(failed(handle.result()).error, EngineCrashed)
 
 
-def test_info_says_what_was_loaded(text_engine: GenerateEngine, text_model: Path) -> None:
+def test_info_says_what_was_loaded(text_engine: LocalEngine, text_model: Path, kind: str) -> None:
     info = text_engine.info
-    assert (info.model, info.engine, info.device) == (str(text_model), "generate", "cpu")
+    assert (info.model, info.engine, info.device) == (str(text_model), kind, "cpu")
     assert (info.dtype, info.max_context) == ("float32", CONTEXT)
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"holds no model"):
-        open_engine(EngineConfig(engine="generate", model=str(tmp_path / "nothing")))
+        open_engine(EngineConfig(model=str(tmp_path / "nothing")))
 
 
 def test_a_broken_checkpoint_is_a_configuration_error(tmp_path: Path) -> None:
     save_text_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ConfigurationError, match=r"cannot be loaded"):
-        open_engine(EngineConfig(engine="generate", model=str(tmp_path)))
+        open_engine(EngineConfig(model=str(tmp_path)))
 
 
 class Seen:
@@ -329,7 +328,7 @@ class Seen:
         self.outcomes: dict[str, Event] = {}
         self._ended: list[threading.Event] = []
 
-    def submit(self, engine: GenerateEngine, name: str, **fields: Any) -> Handle:
+    def submit(self, engine: LocalEngine, name: str, **fields: Any) -> Handle:
         ended = threading.Event()
         self._ended.append(ended)
 

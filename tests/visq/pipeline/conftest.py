@@ -1,0 +1,45 @@
+"""The small model in this process, and its pictures with what they show."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import worker
+from tests.waiting import until
+from visq.pipeline import EngineConfig, Pipeline, pipeline
+
+SAMPLES = Path(worker.__file__).parent / "small_model" / "samples"
+TRUTH = {entry["file"]: entry for entry in json.loads((SAMPLES / "samples.json").read_text())}
+
+
+@pytest.fixture(scope="session")
+def pipe() -> Iterator[Pipeline]:
+    with pipeline("small", backend_config=EngineConfig(device="cpu")) as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def sample() -> Path:
+    """A picture with two objects."""
+    return SAMPLES / "02-shapes.png"
+
+
+def pixels_in_memory() -> list[str]:
+    """Names of the pictures that this process has in shared memory."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"visq-{os.getpid()}-")]
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[Callable[[], None]]:
+    """Checks, when called and at the end, that no pixels stay in shared memory."""
+
+    def check() -> None:
+        until(lambda: not pixels_in_memory(), 10, "the pixels to be released")
+
+    yield check
+    check()
