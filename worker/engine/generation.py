@@ -70,6 +70,7 @@ class Generation:
             self.logits.append(logits)
         if self.grammar is not None:
             self.grammar.accept(token)
+            self.answer.stopped = self.answer.stopped or self.grammar.finished
         if self.repetition.append(token):
             self.answer.stopped = True
         return event
@@ -77,8 +78,7 @@ class Generation:
     @property
     def stopped(self) -> bool:
         sequence = self.sequence
-        finished = self.grammar is not None and self.grammar.finished
-        return self.answer.stopped or finished or len(sequence.token_ids) >= sequence.max_tokens
+        return self.answer.stopped or len(sequence.token_ids) >= sequence.max_tokens
 
     def finish(self, prompt_logits: NDArray[np.float32] | None) -> TokenEvent | None:
         """End the answer; returns what was held back of its text."""
