@@ -7,7 +7,7 @@ plain fallback), both in this process, and `worker.engine.process` (either in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -24,13 +24,31 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
+class KnownImage:
+    """A picture that was shown before: its pixels are asked for only if the model must read them
+    again, which a hit in the prefix cache or in the vision cache spares."""
+
+    sha256: str
+    """SHA-256, hexadecimal, of its encoded bytes."""
+    height: int
+    width: int
+    """Of the decoded picture, in pixels."""
+    load: Callable[[], PixelBuffer] = field(compare=False, repr=False)
+    """Gives its pixels, which belong to the caller as those of any image; may block, is called in
+    a thread of the engine, and fails the request if it raises a `VisqError`."""
+
+
+EngineImage: TypeAlias = PixelBuffer | KnownImage
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One prompt and how to answer it."""
 
     id: str
     """The caller's name of the request; for the log only, it need not be unique."""
     messages: list[Message]
-    images: list[PixelBuffer] = field(default_factory=list)
+    images: Sequence[EngineImage] = ()
     """One for each image part of `messages`, in their order. They belong to the caller, who must
     keep them until the request has ended; the engine only reads them."""
     gen_config: GenerationConfig = field(default_factory=GenerationConfig)
@@ -44,8 +62,8 @@ class EngineRequest:
     """For assistant messages (by their index in `messages`): the exact tokens that this model
     generated then, used in place of the tokens of the text. Only from a trusted store."""
     logits_processors: tuple[Callable[..., Any], ...] = ()
-    """LMDeploy's: ``(generated token ids (T,), logits (vocabulary,)) -> logits``, as tensors, called
-    before each token. For engines in the caller's own process only."""
+    """LMDeploy's: ``(generated token ids (T,), logits (vocabulary,)) -> logits``, as tensors,
+    called before each token. For engines in the caller's own process only."""
     lane: Lane = Lane.INTERACTIVE
     deadline_seconds: float | None = None
     """Seconds from the submit after which the request ends as ``Stopped("expired")``."""

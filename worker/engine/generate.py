@@ -32,6 +32,7 @@ from worker.engine.face import (
     Failed,
     Finished,
     Handle,
+    KnownImage,
     Outcome,
     Stopped,
 )
@@ -162,9 +163,8 @@ class _Generator:
             return end
         request = task.request
         config = request.gen_config
-        tensors = self._prompts.build(
-            request.messages, request.images, do_preprocess=request.do_preprocess
-        )
+        images = [i.load() if isinstance(i, KnownImage) else i for i in request.images]
+        tensors = self._prompts.build(request.messages, images, do_preprocess=request.do_preprocess)
         prompt_tokens = tensors["input_ids"].shape[1]
         max_new_tokens = self._answering.room(prompt_tokens, config.max_new_tokens)
         answer = self._answering.answer(config)

@@ -79,11 +79,7 @@ class Grammar:
         """
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)[: self._words].copy()
         if self._matcher.is_error():
-            raise InvalidRequest(
-                "the grammar of `response_format` is too complex at this place of the answer; "
-                f"simplify it ({_reason(self._matcher.get_error())})",
-                param=FIELD,
-            )
+            raise self._too_complex()
         if self._matcher.is_accepting():
             for token in self._stop_ids:
                 mask[token >> 5] |= np.uint32(1 << (token & 31))
@@ -94,15 +90,25 @@ class Grammar:
 
         :raises EngineError: if it does not follow the grammar (as can be if logits processors
             forbid all that the grammar allows).
+        :raises InvalidRequest: if the grammar has become too complex to follow.
         """
         if token_id in self._stop_ids:
             self.finished = True
         elif self._matcher.consume_token(token_id):
             self.finished = self._matcher.is_stopped()
+        elif self._matcher.stop_reason() in ("LexerTooComplex", "ParserTooComplex"):
+            raise self._too_complex()
         else:
             raise EngineError(
                 f"the token {token_id} came, which the grammar of `response_format` does not allow"
             )
+
+    def _too_complex(self) -> InvalidRequest:
+        return InvalidRequest(
+            "the grammar of `response_format` is too complex at this place of the answer; "
+            f"simplify it ({_reason(self._matcher.get_error())})",
+            param=FIELD,
+        )
 
 
 class GrammarCompiler:

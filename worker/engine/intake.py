@@ -11,16 +11,16 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visq.errors import AdapterNotFound, EngineError, UnsupportedParameter, VisqError
-from visq.pixels import PixelBuffer
 from visq.types import Lane
 from worker.engine import params
 from worker.engine.answering import Answering
-from worker.engine.face import EngineRequest
+from worker.engine.face import EngineImage, EngineRequest, KnownImage
 from worker.engine.families.base import Family, PreparedImage
 from worker.engine.generation import Generation
 from worker.engine.grammar import GrammarCompiler
@@ -33,8 +33,11 @@ from worker.engine.sequence import ImageSpan, Sequence, placeholder_runs
 
 logger = logging.getLogger(__name__)
 
-SIZES: int = 4096
+SIZES: Final = 4096
 """Sizes of pictures whose placeholders are remembered."""
+
+LOADERS: Final = 8
+"""Known pictures whose pixels are loaded at a time."""
 
 
 @dataclass(eq=False, slots=True)
@@ -92,7 +95,7 @@ class Intake:
         self._arrivals = 0
         self._lock = threading.Lock()
         self.waiting = LaneQueue()
-        self._again = ThreadPoolExecutor(1, "visq-prepare-again")
+        self._again = ThreadPoolExecutor(LOADERS, "visq-prepare-again")
         self._threads = [
             threading.Thread(target=self._work, name=f"visq-prepare-{index}", daemon=True)
             for index in range(threads)
@@ -110,12 +113,13 @@ class Intake:
         return left
 
     def prepare_again(
-        self, buffer: PixelBuffer, then: Callable[[PreparedImage | VisqError], None]
+        self, image: EngineImage, then: Callable[[PreparedImage | VisqError], None]
     ) -> None:
-        """Prepare a picture whose pixels are gone, since the model must see it once more."""
+        """Prepare a picture whose pixels are not there: the model must see it once more."""
 
         def work() -> None:
             try:
+                buffer = image.load() if isinstance(image, KnownImage) else image
                 prepared = self._family.prepare_image(buffer.array())
             except VisqError as error:
                 then(error)
@@ -219,22 +223,32 @@ class Intake:
             generations.append(generation)
         return Running(task, prompt_tokens, generations)
 
-    def _prepare(self, request: EngineRequest, buffer: PixelBuffer) -> PreparedImage:
-        """The picture's tokens, and its pixels unless its features are known."""
+    def _prepare(self, request: EngineRequest, image: EngineImage) -> PreparedImage:
+        """The picture's tokens; and its pixels, if they are at hand and may be needed."""
         if self._family.image_token_id is None:
             raise UnsupportedParameter(
                 f"the model {self._loaded.name} takes no images", param="messages"
             )
-        size = (buffer.height, buffer.width)
+        size = (image.height, image.width)
         known = self._sizes.get(size)
-        if known is not None and self._is_cached(_key(request, buffer)):
+        if isinstance(image, KnownImage):
+            if known is None:
+                # Any picture of this size has these tokens.
+                blank = np.zeros((*size, 3), dtype=np.uint8)
+                known = self._remember(size, self._family.prepare_image(blank))
             return known
-        prepared = self._family.prepare_image(buffer.array())
-        if len(self._sizes) >= SIZES:
-            self._sizes.clear()
-        self._sizes[size] = prepared.without_pixels()
+        if known is not None and self._is_cached(_key(request, image)):
+            return known
+        prepared = self._family.prepare_image(image.array())
+        self._remember(size, prepared)
         self._room.hold(prepared)
         return prepared
+
+    def _remember(self, size: tuple[int, int], prepared: PreparedImage) -> PreparedImage:
+        if len(self._sizes) >= SIZES:
+            self._sizes.clear()
+        self._sizes[size] = known = prepared.without_pixels()
+        return known
 
 
 class _Room:
@@ -272,8 +286,8 @@ class _Room:
             self._changed.notify_all()
 
 
-def _key(request: EngineRequest, buffer: PixelBuffer) -> bytes:
-    return image_key(request.cache_salt, buffer.sha256, buffer.height, buffer.width)
+def _key(request: EngineRequest, image: EngineImage) -> bytes:
+    return image_key(request.cache_salt, image.sha256, image.height, image.width)
 
 
 def _without_pixels(span: ImageSpan) -> ImageSpan:

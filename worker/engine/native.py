@@ -94,7 +94,7 @@ class NativeEngine:
         self._intake = Intake(
             loaded,
             family,
-            lambda task, result: self._inbox.put(partial(self._enter, task, result)),
+            self._deliver,
             max_context=sizes.max_context,
             prepared_bytes=config.prepared_bytes,
             is_cached=self._vision.__contains__,
@@ -201,6 +201,10 @@ class NativeEngine:
         except Empty:
             return
 
+    def _deliver(self, task: Task, result: Running | VisqError) -> None:
+        """From the intake's threads."""
+        self._inbox.put(partial(self._enter, task, result))
+
     def _enter(self, task: Task, result: Running | VisqError) -> None:
         if isinstance(result, VisqError):
             task.handle.publish(Failed(result))
@@ -220,6 +224,7 @@ class NativeEngine:
                 self._end_request(running, Stopped("expired"))
 
     def _prepare_again(self, step: Step) -> None:
+        """Ask for the pictures that must be encoded and whose pixels are not there."""
         for sequence, image in step.unprepared:
             if image in self._preparing:
                 continue

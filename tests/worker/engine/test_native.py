@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from tests.worker.engine.asking import ask, finished
+from tests.worker.engine.asking import ask, failed, finished
 from tests.worker.engine.families.models import FAMILIES, load, reference, takes_images
+from visq.errors import ImageNotFound, VisqError
 from visq.pixels import PixelBuffer
 from worker.engine.attention.cache import bytes_per_block
 from worker.engine.config import EngineConfig
-from worker.engine.face import EngineRequest, Failed, Handle
+from worker.engine.face import EngineRequest, Failed, Handle, KnownImage
 from worker.engine.native import NativeEngine
 from worker.engine.opening import open_engine
 
@@ -282,6 +283,69 @@ def test_the_exact_tokens_of_a_former_answer_make_the_next_turn_a_prefix_hit(
         known = answer.prompt_tokens + answer.completion_tokens
         # The last token of the answer was never computed, and a last block may be unfinished.
         assert second.cached_tokens >= known - 1 - 4
+    finally:
+        engine.close()
+
+
+def known(picture: PixelBuffer, loads: list[str], error: VisqError | None = None) -> KnownImage:
+    """`picture` as one that was shown before; `loads` notes when its pixels are asked for."""
+
+    def load() -> PixelBuffer:
+        loads.append(picture.sha256)
+        if error is not None:
+            raise error
+        return picture
+
+    return KnownImage(picture.sha256, picture.height, picture.width, load)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "vision"])
+def test_a_known_picture_that_is_cached_is_not_loaded(
+    internvl: Path, pictures: list[PixelBuffer], cache: str
+) -> None:
+    fields: dict[str, Any] = {"vision_cache_bytes": 1} if cache == "prefix" else {}
+    engine = engine_for(internvl, block_size=4, prefix_caching=cache == "prefix", **fields)
+    loads: list[str] = []
+    try:
+        request = ask("What is this?", pictures[0])
+        first = finished(engine.submit(request).result())
+        again = replace(request, images=[known(pictures[0], loads)])
+        assert finished(engine.submit(again).result()).token_ids == first.token_ids
+        assert loads == []
+    finally:
+        engine.close()
+
+
+def test_a_known_picture_that_is_not_cached_is_loaded_once(
+    internvl: Path, pictures: list[PixelBuffer]
+) -> None:
+    loads: list[str] = []
+    for _ in range(2):
+        engine = engine_for(internvl, block_size=4, max_step_tokens=6)
+        try:
+            request = ask("What is this?", pictures[1])
+            unseen = replace(request, images=[known(pictures[1], loads)])
+            answer = finished(engine.submit(unseen).result())
+            assert answer.token_ids == expected(internvl, pictures)[6]
+            assert_nothing_is_held(engine)
+        finally:
+            engine.close()
+    assert len(loads) == 2
+
+
+def test_a_known_picture_that_cannot_be_loaded_fails_its_own_request(
+    internvl: Path, pictures: list[PixelBuffer]
+) -> None:
+    engine = engine_for(internvl)
+    try:
+        gone = ImageNotFound("it is gone")
+        bad = engine.submit(
+            replace(ask("What?", pictures[2]), images=[known(pictures[2], [], gone)])
+        )
+        good = engine.submit(ask("What is this?", pictures[0]))
+        assert failed(bad.result()).error is gone
+        finished(good.result())
+        assert_nothing_is_held(engine)
     finally:
         engine.close()
 
