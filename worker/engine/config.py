@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -48,6 +48,14 @@ class EngineConfig:
     overlap: bool | None = None
     """Launch a step before the tokens of the one before it are known; ``None``: on CUDA only,
     since on the CPU nothing runs beside it."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters that requests may name: name -> folder, as PEFT saves it. Each is read at its
+    first use, and again once its files have changed."""
+    preload_adapters: bool = False
+    """Read all adapters at the start, which fails if one cannot be used."""
+    adapter_bytes: int = 0
+    """Memory of loaded adapters; 0: 256 MiB on the CPU, 1 GiB on CUDA. Those of running requests
+    may exceed it."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> EngineConfig:

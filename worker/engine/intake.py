@@ -16,9 +16,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visq.errors import AdapterNotFound, EngineError, UnsupportedParameter, VisqError
+from visq.errors import EngineError, UnsupportedParameter, VisqError
 from visq.types import Lane
 from worker.engine import params
+from worker.engine.adapters import Adapter, Adapters
 from worker.engine.answering import Answering
 from worker.engine.face import EngineImage, EngineRequest, KnownImage
 from worker.engine.families.base import Family, PreparedImage
@@ -66,6 +67,7 @@ class Intake:
         self,
         loaded: LoadedModel,
         family: Family,
+        adapters: Adapters,
         deliver: Callable[[Task, Running | VisqError], None],
         *,
         max_context: int,
@@ -83,6 +85,7 @@ class Intake:
         """
         self._loaded = loaded
         self._family = family
+        self._adapters = adapters
         self._deliver = deliver
         self._is_cached = is_cached
         self._prompts = PromptBuilder(
@@ -145,12 +148,19 @@ class Intake:
                 )
 
     def _build(self, task: Task) -> Running:
+        """The request's adapter is held for it until its outcome."""
+        name = task.request.adapter_name
+        adapter = None if name is None else self._adapters.acquire(name)
+        try:
+            return self._build_for(task, adapter)
+        except BaseException:
+            if adapter is not None:
+                self._adapters.release(adapter)
+            raise
+
+    def _build_for(self, task: Task, adapter: Adapter | None) -> Running:
         request = task.request
         config = request.gen_config
-        if request.adapter_name is not None:
-            raise AdapterNotFound(
-                f"this worker has no adapter {request.adapter_name!r}", param="adapter_name"
-            )
         params.check(config, self._loaded.vocab_size, self._loaded.end_ids)
         token_ids = self._prompts.tokens(
             request.messages,
@@ -204,7 +214,8 @@ class Intake:
                 delta=delta,
                 # (The other choices come when the first has left the prompt in the cache.)
                 images=spans if index == 0 else [_without_pixels(span) for span in spans],
-                root=root_key("kv", request.cache_salt, request.adapter_name or ""),
+                root=root_key("kv", request.cache_salt, adapter.digest if adapter else ""),
+                adapter=adapter,
                 wants_prompt_logits=wants_prompt_logits and index == 0,
             )
             generation = Generation(

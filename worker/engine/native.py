@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from visq.errors import EngineCrashed, EngineError, VisqError
+from worker.engine.adapters import Adapters
 from worker.engine.attention import NAME
 from worker.engine.blocks import BlockPool
 from worker.engine.config import EngineConfig
@@ -78,8 +79,17 @@ class NativeEngine:
         slots = sizes.limits.max_sequences
         self._sampler = Sampler(loaded.vocab_size, slots, loaded.device)
         family.decoder.config._attn_implementation = NAME
+        self._adapters = Adapters(loaded, family, config.adapters, nbytes=sizes.adapter_bytes)
+        if config.preload_adapters:
+            self._adapters.preload()
         self._runner = Runner(
-            family, self._cache, self._sampler, self._vision, slots=slots, device=loaded.device
+            family,
+            self._cache,
+            self._sampler,
+            self._vision,
+            routing=self._adapters.routing,
+            slots=slots,
+            device=loaded.device,
         )
         self._overlap = config.overlap
         if self._overlap is None:
@@ -94,6 +104,7 @@ class NativeEngine:
         self._intake = Intake(
             loaded,
             family,
+            self._adapters,
             self._deliver,
             max_context=sizes.max_context,
             prepared_bytes=config.prepared_bytes,
@@ -210,6 +221,8 @@ class NativeEngine:
             task.handle.publish(Failed(result))
             return
         self._running[task] = result
+        if (adapter := result.first.adapter) is not None:
+            self._adapters.install(adapter)
         for generation in result.generations:
             self._owners[generation.sequence] = (result, generation)
         self._scheduler.add(result.first)
@@ -266,13 +279,27 @@ class NativeEngine:
             # CUDA is unusable from here on: only a new process helps.
             self.ended.set()
             raise
+        except torch.OutOfMemoryError:
+            logger.exception(
+                "no memory for a step of %d tokens; the next ones are smaller", step.tokens
+            )
+            self._vision.clear()
+            if self._loaded.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not self._scheduler.shrink(step):
+                self._fail(step, EngineCrashed("the engine ran out of memory in this request"))
+            return None
         except Exception:
-            logger.exception("a step has failed")
-            for chunk in step.chunks:
-                self._end_request(self._owners[chunk.sequence][0], Failed(_failure()))
+            logger.exception("a step of %d sequences has failed", len(step.chunks))
+            if not self._scheduler.suspect(step):
+                self._fail(step, _failure())
             return None
         self._scheduler.launched(step)
         return launched
+
+    def _fail(self, step: Step, error: VisqError) -> None:
+        for chunk in step.chunks:
+            self._end_request(self._owners[chunk.sequence][0], Failed(error))
 
     def _rows(self, step: Step) -> list[SampleRow]:
         """How the step's tokens are sampled; a request that cannot say so leaves the step."""
@@ -402,6 +429,8 @@ class NativeEngine:
             self._counters.finished += 1
             if running.first_token_at is not None:
                 self._counters.token_seconds += time.monotonic() - running.first_token_at
+        if (adapter := running.first.adapter) is not None:
+            self._adapters.release(adapter)
         running.task.handle.publish(outcome)
 
     def _end(self) -> None:

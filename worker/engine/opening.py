@@ -22,14 +22,22 @@ def open_engine(config: EngineConfig) -> LocalEngine:
     """Load a model and start its engine in this process.
 
     :raises ConfigurationError: if the model cannot be loaded, or ``config.engine`` is ``native``
-        and the native engine cannot serve it.
+        and the native engine cannot serve it; if there are adapters, and it is not served by the
+        native engine, or one that is to be loaded at the start cannot be used.
     """
     loaded = load(config)
-    if config.engine == "generate":
-        return GenerateEngine(loaded)
-    family = family_of(loaded.model, loaded.processor)
+    family = None
+    if config.engine != "generate":
+        family = family_of(loaded.model, loaded.processor)
     if family is not None:
         return NativeEngine(loaded, family, config)
+    if config.adapters:
+        raise ConfigurationError(
+            f"VISQ_MODEL={config.model}: adapters need the native engine, but this model is served "
+            "by the engine `generate`"
+        )
+    if config.engine == "generate":
+        return GenerateEngine(loaded)
     if config.engine == "native":
         raise ConfigurationError(
             f"VISQ_MODEL={config.model}: the native engine does not know models of type "

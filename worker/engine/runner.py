@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from worker.engine.adapters import Adapter, Routing
 from worker.engine.attention import KVCache, Prefill, StepContext
 from worker.engine.families.base import Family, ImageFeatures
 from worker.engine.sampler import Sampled, Sampler, SampleRow
@@ -39,6 +40,7 @@ class Runner:
         sampler: Sampler,
         vision: VisionCache,
         *,
+        routing: Routing,
         slots: int,
         device: torch.device,
     ) -> None:
@@ -46,6 +48,7 @@ class Runner:
         self._cache = cache
         self._sampler = sampler
         self._vision = vision
+        self._routing = routing
         self._device = device
         self._last_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
 
@@ -90,27 +93,31 @@ class Runner:
             embeddings[tokens] = features.embeddings[feature_rows]
         positions = self._to_device(_positions(chunks))
         context = self._context(step)
-        hidden = self._family.decoder(
-            inputs_embeds=embeddings.unsqueeze(0),
-            use_cache=False,
-            attention_mask=None,
-            visq=context,
-            **self._family.decoder_kwargs(positions, visual),
-        ).last_hidden_state[0]
+        rows_of = [(chunk.sequence.adapter, chunk.end - chunk.start) for chunk in chunks]
+        with self._routing.of(rows_of):
+            hidden = self._family.decoder(
+                inputs_embeds=embeddings.unsqueeze(0),
+                use_cache=False,
+                attention_mask=None,
+                visq=context,
+                **self._family.decoder_kwargs(positions, visual),
+            ).last_hidden_state[0]
         sampling, last_rows, prompt_logits = [], [], []
         row = 0
         for chunk in chunks:
             sequence, length = chunk.sequence, chunk.end - chunk.start
             if sequence.wants_prompt_logits and chunk.start < sequence.prompt_tokens:
                 of_prompt = hidden[row : row + min(chunk.end, sequence.prompt_tokens) - chunk.start]
-                prompt_logits.append((sequence, chunk.start, self._logits(of_prompt)))
+                rows_of = [(sequence.adapter, len(of_prompt))]
+                prompt_logits.append((sequence, chunk.start, self._logits(of_prompt, rows_of)))
             row += length
             if chunk.samples:
                 sampling.append(sequence)
                 last_rows.append(row - 1)
         logits, sampled = None, None
         if sampling:
-            logits = self._logits(hidden[self._to_device(np.array(last_rows))])
+            rows_of = [(sequence.adapter, 1) for sequence in sampling]
+            logits = self._logits(hidden[self._to_device(np.array(last_rows))], rows_of)
             raw = logits.clone() if keep_logits else None
             sampled = self._sampler.sample(logits, rows)
             slots = self._to_device(np.array([sequence.slot for sequence in sampling]))
@@ -118,8 +125,11 @@ class Runner:
             logits = raw
         return Launched(step, sampling, sampled, logits, prompt_logits)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._family.lm_head(hidden)
+    def _logits(
+        self, hidden: torch.Tensor, rows: ListLike[tuple[Adapter | None, int]]
+    ) -> torch.Tensor:
+        with self._routing.of(rows):
+            logits: torch.Tensor = self._family.lm_head(hidden)
         return logits.float()
 
     def _context(self, step: Step) -> StepContext:

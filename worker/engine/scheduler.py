@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from worker.engine.blocks import BlockPool
@@ -56,9 +56,19 @@ class Step:
         self.decodes = [chunk for chunk in self.decodes if wanted(chunk)]
         self.prefills = [chunk for chunk in self.prefills if wanted(chunk)]
 
+    def group_adapters(self) -> None:
+        """Set the chunks of one adapter side by side, so that its tokens are rows of one slice."""
+        self.decodes.sort(key=_adapter)
+        self.prefills.sort(key=_adapter)
+
     @property
     def tokens(self) -> int:
         return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+
+def _adapter(chunk: Chunk) -> int:
+    adapter = chunk.sequence.adapter
+    return 0 if adapter is None else adapter.serial
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         """Sorted by `Sequence.order`, as is `running`."""
         self.running: list[Sequence] = []
+        self.suspects: list[Sequence] = []
+        """Sequences of a step that failed: each is run alone, so that only the guilty one ends."""
         self.preemptions = 0
         self.prefix_queries = 0
         """Prompt tokens that were looked up in the prefix cache."""
@@ -110,26 +122,51 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._give_back(sequence)
+        if sequence in self.suspects:
+            self.suspects.remove(sequence)
         for image in sequence.images:
             image.prepared = image.features = None
+
+    def suspect(self, step: Step) -> bool:
+        """`step` has failed, and nothing of it counts; False if there is nobody to tell apart."""
+        sequences = [chunk.sequence for chunk in step.chunks]
+        if len(sequences) == 1:
+            return False
+        self.suspects += [each for each in sequences if each not in self.suspects]
+        return True
+
+    def shrink(self, step: Step) -> bool:
+        """There was no memory for `step`: from now on, steps are smaller. False: it was small."""
+        limits, size = self._limits, self._limits.block_size
+        if len(step.chunks) == 1 and limits.max_step_tokens <= size:
+            return False
+        self._limits = replace(
+            limits,
+            max_step_tokens=max(limits.max_step_tokens // 2, size),
+            max_encode_tokens=max(limits.max_encode_tokens // 2, 1),
+        )
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
+        return True
 
     def plan(self) -> Step:
         """The next step; it may be empty although sequences wait for a launched one."""
         step = Step()
         budget = self._limits.max_step_tokens
         preemptions = self.preemptions
-        for sequence in list(self.running):
+        running = self._candidates()
+        for sequence in running:
             if not budget or sequence.slot < 0 or not self._may_decode(sequence):
                 continue
             if self._make_room(sequence, sequence.length):
                 chunk = Chunk(sequence, sequence.computed, sequence.length, samples=True)
                 step.decodes.append(chunk)
                 budget -= 1
-        for sequence in list(self.running):
+        for sequence in running:
             if sequence.slot >= 0 and not sequence.decoding and not sequence.pending:
                 budget -= self._plan_prefill(sequence, step, budget)
         # Whoever was driven out in this step must not come back in it.
-        while budget and self.waiting and self.preemptions == preemptions:
+        while budget and self.waiting and self.preemptions == preemptions and not self.suspects:
             sequence = self.waiting[0]
             if sequence.pending or not self._admit(sequence):
                 break
@@ -137,11 +174,22 @@ class Scheduler:
             budget -= self._plan_prefill(sequence, step, budget)
         # Those that were driven out after their chunk had been planned.
         step.keep(lambda chunk: chunk.sequence.slot >= 0)
+        step.group_adapters()
         return step
+
+    def _candidates(self) -> list[Sequence]:
+        """Who may be in the next step."""
+        running = [each for each in self.suspects if each.slot >= 0]
+        if not running:
+            self.suspects.clear()
+            return list(self.running)
+        return running[:1]
 
     def launched(self, step: Step) -> None:
         """`step` is on its way: what comes after it may be planned."""
         for chunk in step.chunks:
+            if chunk.sequence in self.suspects:
+                self.suspects.remove(chunk.sequence)
             chunk.sequence.computed = chunk.end
             chunk.sequence.launched += 1
             chunk.sequence.pending += chunk.samples

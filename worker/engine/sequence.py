@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
 from worker.engine.families.base import ImageFeatures, PreparedImage
 from worker.engine.keys import block_hash
+
+if TYPE_CHECKING:
+    from worker.engine.adapters import Adapter
 
 
 @dataclass(eq=False, slots=True)
@@ -78,6 +82,8 @@ class Sequence:
     images: list[ImageSpan]
     root: bytes
     """Parent of the first block's hash."""
+    adapter: Adapter | None = None
+    """What is added to the model's weights for it."""
     slot: int = -1
     """Row of the sampler's state while it runs."""
     blocks: list[int] = field(default_factory=list)

@@ -32,11 +32,13 @@ class Sizes:
         self._kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
         self._head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
         self.vision_cache_bytes = config.vision_cache_bytes or (2048 if cuda else 128) * MIB
+        self.adapter_bytes = config.adapter_bytes or (1024 if cuda else 256) * MIB
         nbytes = config.kv_cache_bytes
         if not nbytes and cuda:
             free, total = torch.cuda.mem_get_info(loaded.device)
             nbytes = int(free - (1 - config.gpu_memory_utilization) * total)
             nbytes -= self.vision_cache_bytes
+            nbytes -= self.adapter_bytes if config.adapters else 0
         self.blocks = max((nbytes or 256 * MIB) // self._block_bytes, 2)
         """With the one for padding."""
         room = (self.blocks - 1) * config.block_size

@@ -41,3 +41,7 @@ class VisionCache:
         while self.nbytes > self._max_bytes:
             _, oldest = self._features.popitem(last=False)
             self.nbytes -= oldest.nbytes
+
+    def clear(self) -> None:
+        self._features.clear()
+        self.nbytes = 0

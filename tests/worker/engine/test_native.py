@@ -8,12 +8,13 @@ prefix hits and steps launched ahead.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -346,6 +347,66 @@ def test_a_known_picture_that_cannot_be_loaded_fails_its_own_request(
         assert failed(bad.result()).error is gone
         finished(good.result())
         assert_nothing_is_held(engine)
+    finally:
+        engine.close()
+
+
+@dataclass
+class Faulty:
+    """A decoder that fails as a real one may: by what is in a step, or by its size."""
+
+    decoder: Any
+    poison: float | None = None
+    """A position that it cannot bear."""
+    memory: int = 10**9
+    """Tokens that it has memory for."""
+
+    def __call__(self, *, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        if self.poison is not None and (kwargs["position_ids"] == self.poison).any():
+            raise RuntimeError("poison")
+        if inputs_embeds.shape[1] > self.memory:
+            raise torch.OutOfMemoryError("no memory")
+        return self.decoder(inputs_embeds=inputs_embeds, **kwargs)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_the_model_cannot_bear_is_found_and_fails_alone(
+    internvl: Path, pictures: list[PixelBuffer], overlap: bool
+) -> None:
+    engine = engine_for(internvl, overlap=overlap, max_step_tokens=4096)
+    poisonous = longest(internvl, pictures) + 10
+    engine._family.decoder = Faulty(engine._family.decoder, poison=poisonous)
+    try:
+        handles = [engine.submit(request) for request in batch(internvl, pictures)]
+        poison = engine.submit(ask("x" * (poisonous + 1)))
+        answers = [finished(handle.result()).token_ids for handle in handles]
+        assert answers == expected(internvl, pictures)
+        failed(poison.result())
+        assert_nothing_is_held(engine)
+    finally:
+        engine.close()
+
+
+def test_steps_shrink_until_the_memory_is_enough(
+    internvl: Path, pictures: list[PixelBuffer]
+) -> None:
+    engine = engine_for(internvl, block_size=8, max_step_tokens=4096)
+    engine._family.decoder = Faulty(engine._family.decoder, memory=20)
+    try:
+        handles = [engine.submit(request) for request in batch(internvl, pictures)]
+        answers = [finished(handle.result()).token_ids for handle in handles]
+        assert answers == expected(internvl, pictures)
+        assert_nothing_is_held(engine)
+    finally:
+        engine.close()
+
+
+def test_a_request_that_no_memory_is_enough_for_fails_retryably(internvl: Path) -> None:
+    engine = engine_for(internvl)
+    engine._family.decoder = Faulty(engine._family.decoder, memory=0)
+    try:
+        assert failed(engine.submit(ask()).result()).error.retryable
+        assert engine.alive
     finally:
         engine.close()
 

@@ -175,6 +175,42 @@ def test_a_row_gets_the_same_token_alone_and_in_any_company(
     assert tokens_of([*before, case, *after], dtype)[len(before)] == tokens_of([case], dtype)[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, 4),
+        ({"top_k": 2}, 2),
+        ({"top_k": 3, "top_p": 0.75}, 2),  # of three, the first two have 0.78
+        ({"top_p": 0.35}, 1),
+        ({"top_p": 0.45}, 2),
+        ({"top_p": 0.75}, 3),
+        ({"min_p": 0.7}, 2),  # relative to the likeliest: 1, 0.75, 0.5, 0.25
+        ({"min_p": 0.45}, 3),
+        ({"min_p": 1.0}, 1),
+        ({"min_p": 0.45, "temperature": 0.5}, 2),  # 1, 0.56, 0.25, 0.06
+    ],
+)
+def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens(
+    changes: dict[str, Any], kept: int
+) -> None:
+    sampler = Sampler(4, 1, CPU)
+    sampler.begin(0, replace(DRAWN, **changes))
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(400, 4)
+    tokens = sampler.sample(logits, [SampleRow(0, step) for step in range(400)]).token_ids
+    assert set(tokens.tolist()) == set(range(kept))
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN])
+def test_stop_tokens_may_come_after_min_new_tokens_others(params: SamplingParams) -> None:
+    logits = torch.tensor([[0.0, 1.0, 90.0, 0.0]])
+    sampler = Sampler(4, 1, CPU)
+    sampler.begin(0, replace(params, stop_ids=(2,), min_new_tokens=3))
+    stopped = [
+        int(sampler.sample(logits, [SampleRow(0, step)]).token_ids[0]) == 2 for step in range(5)
+    ]
+    assert stopped == [False, False, False, True, True]
+
+
 def test_selection_and_whole_sort_order_equal_logits_alike() -> None:
     torch.manual_seed(0)
     size = 5000

@@ -93,8 +93,7 @@ class Simulator:
                 for each in chunk.sequence.images_in(chunk.start, chunk.end):
                     if each.key == image.key:
                         each.features, each.prepared = features, None
-        for sequence, image in step.unprepared:
-            assert sequence.slot >= 0
+        for _, image in step.unprepared:
             image.prepared = PreparedImage([], {})
         sampled = []
         for chunk in step.chunks:

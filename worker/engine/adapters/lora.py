@@ -51,10 +51,10 @@ class Adapter:
     """Whether all its layers are `LoraLinear` ones."""
     users: int = 0
     """Requests that hold it."""
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers.values())
+    def __post_init__(self) -> None:
+        self.nbytes = sum(layer.nbytes for layer in self.layers.values())
 
 
 class Routing:

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 from torch import nn
 
 from worker.engine.adapters.lora import LoraLinear
+from worker.engine.adapters.peft_files import UnusableAdapter
 from worker.engine.loaders.internvl2_weights import _rename as internvl2_name
 
 Scheme: TypeAlias = Callable[[str], str]
@@ -20,10 +21,6 @@ FUSED: Final = "wqkv"
 """InternLM2's projection of queries, keys and values in one."""
 
 _VISION: Final = ("vision", "visual", "projector", "connector", "mlp1", "merger")
-
-
-class UnusableAdapter(Exception):  # noqa: N818  # named after what is the case
-    """An adapter cannot be used; the message says why, and what to do."""
 
 
 class Places:

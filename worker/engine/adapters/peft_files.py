@@ -1,4 +1,4 @@
-"""Reads an adapter's folder as PEFT writes it: ``adapter_config.json``, ``adapter_model.safetensors``.
+"""Reads an adapter's folder as PEFT writes it: a configuration and a file of tensors.
 
 Whatever the engine does not compute is refused by its name. The weights of an adapter that is
 taken are its tensors, all of them; ``target_modules`` and the like say only how they came about.
@@ -18,8 +18,6 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-
-from worker.engine.adapters.names import UnusableAdapter
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -66,6 +64,10 @@ _PLAIN_STARTS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the weights of the model as they are."""
 
 _KEY: Final = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)")
+
+
+class UnusableAdapter(Exception):  # noqa: N818  # named after what is the case
+    """An adapter cannot be used; the message says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

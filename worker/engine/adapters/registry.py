@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from visq.errors import AdapterNotFound, EngineError
+from visq.errors import AdapterNotFound, ConfigurationError, EngineError
 from worker.engine.adapters import peft_files
 from worker.engine.adapters.lora import Adapter, LoraLinear, LowRank, Routing
-from worker.engine.adapters.names import Places, UnusableAdapter
-from worker.engine.adapters.peft_files import Factors, PeftAdapter
+from worker.engine.adapters.names import Places
+from worker.engine.adapters.peft_files import Factors, PeftAdapter, UnusableAdapter
 from worker.engine.families.base import Family
 from worker.engine.loaders.internvl2_weights import split_wqkv
 from worker.engine.loading import LoadedModel
@@ -52,6 +52,19 @@ class Adapters:
         """Names of those in memory, the least recently used first."""
         with self._lock:
             return list(self._adapters)
+
+    def preload(self) -> None:
+        """Load and install all adapters, as far as there is memory for them. At the start only.
+
+        :raises ConfigurationError: if one cannot be used.
+        """
+        for name in self._folders:
+            try:
+                adapter = self.acquire(name)
+            except EngineError as error:
+                raise ConfigurationError(error.message) from error
+            self.install(adapter)
+            self.release(adapter)
 
     def acquire(self, name: str) -> Adapter:
         """The adapter `name`, loaded; whoever gets it must `release` it.
@@ -130,9 +143,13 @@ class Adapters:
         """Whole weights in an adapter's file must be the model's own."""
         for module, weight in read.weights.items():
             path = self._places.of_weight(module)
-            own = None if path is None else dict(
-                self._loaded.model.get_submodule(path).named_parameters(recurse=False)
-            ).get("weight")
+            own = (
+                None
+                if path is None
+                else dict(
+                    self._loaded.model.get_submodule(path).named_parameters(recurse=False)
+                ).get("weight")
+            )
             if (
                 own is None
                 or own.shape != weight.shape
