@@ -18,7 +18,16 @@ ROOMS = {"api", "bench", "migrations", "models", "tests", "tools", "visq", "work
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAZY_IN_VISQ = {
     "all": ["visq/embedded"],
-    "worker": ["visq/logs.py", "visq/objects", "visq/pixels.py"],
+    "worker": [
+        "visq/logs.py",
+        "visq/objects",
+        "visq/pipeline/collecting.py",
+        "visq/pipeline/local.py",
+        "visq/pixels.py",
+        "visq/vl/__init__.py",
+        "visq/vl/encoding.py",
+        "visq/vl/pictures.py",
+    ],
 }
 """Parts of `visq` that only a server uses; the rest must do with the plain install."""
 

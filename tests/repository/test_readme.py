@@ -115,6 +115,11 @@ def test_the_consumer_example_receives_results(reader: Reader) -> None:
         end(process, 10)
 
 
+def test_the_library_example_prints_two_answers(reader: Reader) -> None:
+    lines = reader.run([sys.executable, "-c", block("As a library", "python")]).splitlines()
+    assert len([line for line in lines if line.strip()]) == 2
+
+
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
     targets = re.findall(r"^make (\w+)", block("Two commands", "console"), re.M)
     assert targets == ["demo", "test"]

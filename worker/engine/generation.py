@@ -55,7 +55,7 @@ class Generation:
             banned=self.bad_words.banned(self.answer.tail) if self.bad_words else (),
             bitmask=self.grammar.bitmask() if self.grammar else None,
             processors=self.processors,
-            token_ids=self.generated_ids if self.processors else (),
+            token_ids=sequence.token_ids if self.processors else (),
         )
 
     def take(

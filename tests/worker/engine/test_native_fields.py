@@ -210,13 +210,14 @@ def test_a_logits_processor_sees_the_tokens_and_changes_the_logits(engine: Nativ
     def force(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         seen.append(token_ids.tolist())
         logits[:] = -1.0
-        logits[70 + len(token_ids)] = 1.0
+        logits[70 + len(seen) - 1] = 1.0
         return logits
 
     request = replace(ask(max_new_tokens=4), logits_processors=(force,))
     answer = finished(engine.submit(request).result())
     assert answer.token_ids == [70, 71, 72, 73]
-    assert seen == [[], [70], [70, 71], [70, 71, 72]]
+    assert len(seen[0]) == answer.prompt_tokens
+    assert [ids[answer.prompt_tokens :] for ids in seen] == [[], [70], [70, 71], [70, 71, 72]]
 
 
 def test_a_logits_processor_that_raises_fails_its_own_request(engine: NativeEngine) -> None:

@@ -155,14 +155,14 @@ CASES = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(cases=st.lists(CASES, min_size=1, max_size=6))
 def test_every_row_of_a_batch_gets_the_token_of_the_definitions(cases: list[Case]) -> None:
     for case, token in zip(cases, tokens_of(cases), strict=True):
         assert token in right_tokens(case)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     case=CASES,
     before=st.lists(CASES, max_size=3),
@@ -198,6 +198,16 @@ def test_top_k_top_p_and_min_p_keep_the_likeliest_tokens(
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(400, 4)
     tokens = sampler.sample(logits, [SampleRow(0, step) for step in range(400)]).token_ids
     assert set(tokens.tolist()) == set(range(kept))
+
+
+def test_each_row_of_a_batch_has_its_own_top_k() -> None:
+    sampler = Sampler(4, 2, CPU)
+    sampler.begin(0, replace(DRAWN, top_k=2))
+    sampler.begin(1, replace(DRAWN, top_k=3))
+    rows = [SampleRow(slot, step) for slot in range(2) for step in range(100)]
+    tokens = sampler.sample(torch.zeros(200, 4), rows).token_ids
+    assert set(tokens[:100].tolist()) == {0, 1}
+    assert set(tokens[100:].tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN])
