@@ -34,10 +34,15 @@ LAZY_IN_VISQ = {
 PART_OF = {
     "amqp": "kombu",
     "botocore": "boto3",
+    "huggingface_hub": "transformers",
     "starlette": "fastapi",
     "tokenizers": "transformers",
 }
 """Libraries that come with another one and are the public face of a part of it."""
+
+
+RUN_BY_HAND = ("tests/worker/engine/loaders/sentencepiece/make.py",)
+"""Programs that made files which are kept; each says itself what it needs."""
 
 
 def normal(name: str) -> str:
@@ -116,7 +121,7 @@ def undeclared(folder: str, extras: list[str], but: tuple[str, ...] = ()) -> lis
     ],
 )
 def test_a_room_imports_only_what_its_extra_installs(folder: str, extras: list[str]) -> None:
-    assert undeclared(folder, extras) == []
+    assert undeclared(folder, extras, but=RUN_BY_HAND) == []
 
 
 def test_the_plain_install_is_enough_for_the_client() -> None:
