@@ -8,6 +8,8 @@ token    ``{"attempt": 2, "text": "..."}``    append the text
 end      the job (`visq.types.JobView`)       it has ended; nothing follows
 ======== ==================================== =====================================================
 
+With ``n`` > 1 the choices come mixed: a ``token`` of any but the first has its ``index`` as well.
+
 The ids are those of the Redis stream, so a reader resumes by ``Last-Event-ID`` at any API process.
 The job row is the truth: when Redis has lost the stream, the end comes from the row, with the whole
 text after a new ``attempt``, so that whoever appends tokens still has the right text.
@@ -171,20 +173,25 @@ def _is_end_of(event: StreamEvent, job: Job) -> bool:
 
 
 def _token_or_attempt(entry: Entry) -> str:
-    data: dict[str, Any] = {"attempt": entry.event.attempt}
-    if entry.event.type == "token":
-        data["text"] = entry.event.text
-    return _shown(entry.event.type, json.dumps(data), entry.id)
+    said = entry.event
+    data = {"attempt": said.attempt} if said.type == "attempt" else _token(said)
+    return _shown(said.type, json.dumps(data), entry.id)
+
+
+def _token(said: StreamEvent) -> dict[str, Any]:
+    # Without the index for the only choice or the first one: so it was before there were others.
+    index = {"index": said.index} if said.index else {}
+    return {"attempt": said.attempt, "text": said.text, **index}
 
 
 def _from_the_row(job: JobView) -> list[str]:
     """The events of an ended job without its stream."""
     shown = []
     if job.result is not None:
-        shown = [
-            _shown("attempt", json.dumps({"attempt": job.attempt})),
-            _shown("token", json.dumps({"attempt": job.attempt, "text": job.result.text})),
-        ]
+        shown.append(_shown("attempt", json.dumps({"attempt": job.attempt})))
+        for index, choice in enumerate(job.result.choices or [job.result]):
+            said = StreamEvent(type="token", attempt=job.attempt, text=choice.text, index=index)
+            shown.append(_shown("token", json.dumps(_token(said))))
     return [*shown, _shown("end", job.model_dump_json(), FROM_THE_ROW)]
 
 

@@ -67,8 +67,12 @@ ENDED_JOB: Final[dict[str, Any]] = JOB | {
     "result": {
         "text": "Three.",
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 87, "completion_tokens": 3, "images": 1},
+        "token_ids": None,
+        "logprobs": None,
+        "usage": {"prompt_tokens": 87, "completion_tokens": 3, "images": 1, "cached_tokens": 64},
         "model": "small",
+        "choices": None,
+        "ppl": None,
     },
     "started_at": "2026-01-05T09:30:00.020Z",
     "finished_at": "2026-01-05T09:30:00.740Z",

@@ -1,4 +1,5 @@
-"""Image references of a request: checked and made durable before the job is accepted.
+"""What a request may ask of a queue; and its image references, checked and made durable before the
+job is accepted.
 
 ``s3://`` names are checked and not fetched; ``data:`` URLs become uploads, so that a session's
 history can show them again; ids of uploads become their ``s3://`` names. What a worker sees is
@@ -21,9 +22,24 @@ from api.services import Services
 from models import reading
 from models.submit import body_fingerprint
 from models.tables import Image
-from visq.errors import ImageChanged, ImageNotFound, InvalidRequest, VisqError
+from visq.errors import (
+    ImageChanged,
+    ImageNotFound,
+    InvalidRequest,
+    UnsupportedParameter,
+    VisqError,
+)
 from visq.objects import check_access, parse_uri
-from visq.types import BatchRequest, ImagePart, ImageUrl, JobRequest, Message, Prompt, TextPart
+from visq.types import (
+    BatchRequest,
+    GenerationConfig,
+    ImagePart,
+    ImageUrl,
+    JobRequest,
+    Message,
+    Prompt,
+    TextPart,
+)
 
 PromptT = TypeVar("PromptT", bound=Prompt)
 
@@ -45,17 +61,22 @@ class Stored:
 async def resolve_job(here: Services, caller: Caller, request: JobRequest) -> JobRequest:
     """The request with durable image references.
 
+    :raises UnsupportedParameter: it asks for what cannot come back through a queue.
     :raises InvalidRequest: a reference has none of the forms that are taken.
     :raises ImageError: an image is unknown, not the tenant's to read, or not an image.
     :raises Unavailable: the object store did not take an image.
     """
+    _check_answerable(request.gen_config)
     [resolved] = await _resolve(here, caller, {"": request})
     return resolved
 
 
 async def resolve_batch(here: Services, caller: Caller, request: BatchRequest) -> BatchRequest:
     """As `resolve_job`, for every item."""
+    _check_answerable(request.gen_config)
     prompts = {f"items.{index}.": item for index, item in enumerate(request.items)}
+    for place, item in prompts.items():
+        _check_answerable(item.gen_config, place)
     items = await _resolve(here, caller, prompts)
     return request.model_copy(update={"items": items})
 
@@ -65,6 +86,15 @@ async def fingerprint(request: JobRequest | BatchRequest, idempotency_key: str |
     if idempotency_key is None:
         return ""
     return await asyncio.to_thread(body_fingerprint, request)
+
+
+def _check_answerable(config: GenerationConfig | None, place: str = "") -> None:
+    if config is not None and config.output_logits is not None:
+        raise UnsupportedParameter(
+            "logits are too large for a queue; ask for `logprobs`, or run the model in your own "
+            "program (`visq.pipeline`)",
+            param=f"{place}gen_config.output_logits",
+        )
 
 
 async def _resolve(here: Services, caller: Caller, prompts: Mapping[str, PromptT]) -> list[PromptT]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
@@ -25,6 +26,7 @@ from sqlalchemy import (
     Dialect,
     Engine,
     Float,
+    LargeBinary,
     bindparam,
     create_engine,
     event,
@@ -63,6 +65,22 @@ class UTCDateTime(TypeDecorator[datetime]):
         if value is None or value.tzinfo is not None:
             return value
         return value.replace(tzinfo=UTC)
+
+
+class PackedInts(TypeDecorator[list[int]]):
+    """A list of integers (int32) in four bytes each, little-endian.
+
+    As JSONB, each one would take at least three times that, and would be parsed at every turn.
+    """
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: list[int] | None, dialect: Dialect) -> bytes | None:
+        return None if value is None else struct.pack(f"<{len(value)}i", *value)
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[int] | None:
+        return None if value is None else [number for (number,) in struct.iter_unpack("<i", value)]
 
 
 class db_now(FunctionElement[datetime]):  # noqa: N801 (an SQL function)

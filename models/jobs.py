@@ -44,13 +44,13 @@ from models.outcomes import (
     HandedBack,
     Outcome,
     QueuedJob,
+    Remembered,
     Renewed,
     Succeeded,
     Transition,
     Work,
 )
 from models.tables import Batch, Job, Tenant
-from visq import types
 from visq.errors import NotFound, NotRetriable
 from visq.types import BatchStatus, JobStatus, Prompt
 
@@ -86,7 +86,7 @@ def claim(session: Session, job_id: str, *, worker: str, lease_seconds: float) -
     tenant, now = session.execute(
         select(Tenant.name, db_now()).where(Tenant.id == job.tenant_id)
     ).one()
-    history: list[types.Message] = []
+    history: list[Remembered] = []
     if job.session_id is not None and job.turn is not None:
         history = sessions.history(session, job.session_id, before_turn=job.turn)
     request = dict(job.request)
@@ -130,7 +130,7 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
     conversation = None if claim.session_id is None else sessions.lock(session, claim.session_id)
     fence = Job.attempt == claim.attempt
     match outcome:
-        case Succeeded(result, messages):
+        case Succeeded(result):
             job = move(
                 session,
                 claim.job_id,
@@ -141,7 +141,7 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
                 reason=result.finish_reason,
             )
             if job is not None and conversation is not None:
-                sessions.append(session, conversation, job, messages)
+                sessions.append(session, conversation, job, outcome)
         case Failed(error, backoff_seconds):
             job = None
             if error.retryable:

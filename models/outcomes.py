@@ -21,6 +21,16 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Remembered:
+    """A message of a session's history."""
+
+    message: types.Message
+    token_ids: list[int] | None = None
+    """Of an answer, if they are known: the exact tokens that `token_model` generated."""
+    token_model: str | None = None
+
+
+@dataclass(frozen=True)
 class Work:
     """A claimed job with all that a run needs."""
 
@@ -31,7 +41,7 @@ class Work:
     batch_id: str | None
     prompt: Prompt
     accept_changed_images: bool
-    history: list[types.Message]
+    history: list[Remembered]
     expires_in: float | None
     """Seconds until the job's deadline."""
 
@@ -41,6 +51,9 @@ class Succeeded:
     result: JobResult
     messages: list[types.Message]
     """The turn for the session's history: its request, with image hashes, and the answer."""
+    answer_ids: list[int] | None = None
+    """The exact tokens of that answer, the last of `messages`, as the result's model generated
+    them; ``None``: the history goes on from its text."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from models.database import db_now
+from models.outcomes import Remembered, Succeeded
 from models.tables import ChatSession, Job, Message
 from visq import types
 from visq.errors import InvalidRequest, NotFound
@@ -68,7 +69,7 @@ def next_turn(session: Session, session_id: str) -> tuple[int, bool]:
     return turn, bool(session.scalar(select(unfinished)))
 
 
-def history(session: Session, session_id: str, before_turn: int) -> list[types.Message]:
+def history(session: Session, session_id: str, before_turn: int) -> list[Remembered]:
     """What the model sees of the turns before `before_turn`: those that succeeded, in order."""
     rows = session.scalars(
         select(Message)
@@ -76,19 +77,24 @@ def history(session: Session, session_id: str, before_turn: int) -> list[types.M
         .order_by(Message.turn, Message.position)
     )
     return [
-        types.Message.model_validate({"role": row.role, "content": row.content}) for row in rows
+        Remembered(
+            types.Message.model_validate({"role": row.role, "content": row.content}),
+            row.token_ids,
+            row.token_model,
+        )
+        for row in rows
     ]
 
 
-def append(
-    session: Session, conversation: ChatSession, job: Job, messages: list[types.Message]
-) -> None:
+def append(session: Session, conversation: ChatSession, job: Job, end: Succeeded) -> None:
     """Add a succeeded turn to the history of `conversation` (as `lock` returned it), unless it was
     deleted meanwhile."""
     assert job.turn is not None
     if conversation.deleted_at is not None:
         return
-    for position, message in enumerate(messages):
+    answer = len(end.messages) - 1
+    for position, message in enumerate(end.messages):
+        token_ids = end.answer_ids if position == answer else None
         content = [part.model_dump(mode="json", exclude_none=True) for part in message.parts()]
         session.add(
             Message(
@@ -98,6 +104,8 @@ def append(
                 position=position,
                 role=message.role,
                 content=content,
+                token_ids=token_ids,
+                token_model=None if token_ids is None else end.result.model,
                 job_id=job.id,
             )
         )
@@ -135,6 +143,8 @@ def fork(session: Session, session_id: str, at_turn: int | None) -> ChatSession:
                 position=row.position,
                 role=row.role,
                 content=row.content,
+                token_ids=row.token_ids,
+                token_model=row.token_model,
                 job_id=row.job_id,
             )
         )

@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from models.database import UTCDateTime, db_now
+from models.database import PackedInts, UTCDateTime, db_now
 from visq.ids import ID_LENGTH
 from visq.types import BatchStatus, JobKind, JobStatus, Lane
 
@@ -107,6 +107,9 @@ class Message(TenantOwned, Base):
     role: Mapped[str] = mapped_column(String(16))
     content: Mapped[list[dict[str, Any]]] = mapped_column()
     """Parts as in `visq.types`; image parts carry the SHA-256 of the bytes that were shown."""
+    token_ids: Mapped[list[int] | None] = mapped_column(PackedInts)
+    """Of an answer: the exact tokens that `token_model` generated, for that model only."""
+    token_model: Mapped[str | None] = mapped_column(Text)
     job_id: Mapped[str | None] = mapped_column(Id)
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 

@@ -48,6 +48,8 @@ class StreamEvent(BaseModel):
     attempt: int
     text: str = ""
     """``token``: the text to append."""
+    index: int = 0
+    """``token``: which of the ``n`` choices says it."""
     job: dict[str, Any] | None = None
     """``end``: the job (`visq.types.JobView` as JSON)."""
 
@@ -112,8 +114,9 @@ class EventWriter:
         """A run begins: readers discard the tokens of earlier attempts."""
         self._add(job_id, StreamEvent(type="attempt", attempt=attempt))
 
-    def token(self, job_id: str, attempt: int, text: str) -> None:
-        self._add(job_id, StreamEvent(type="token", attempt=attempt, text=text))
+    def token(self, job_id: str, attempt: int, text: str, index: int = 0) -> None:
+        """New text of choice `index`."""
+        self._add(job_id, StreamEvent(type="token", attempt=attempt, text=text, index=index))
 
     def end(self, job: dict[str, Any]) -> None:
         """Store the ended job as a value, and close its stream. Harmless when repeated."""

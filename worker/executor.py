@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import redis
 import structlog
@@ -31,11 +32,12 @@ from visq.errors import ImageChanged, Unavailable, VisqError
 from visq.pixels import PixelBuffer
 from visq.settings import Settings
 from visq.streams import EventWriter
-from visq.types import ImagePart, JobResult, Message, TextPart, Usage
+from visq.types import ImagePart, Message, TextPart
 from worker.engine import face
 from worker.engine.face import Engine, EngineRequest, Finished, Stopped, TokenEvent
 from worker.media import Media
 from worker.queue import Courier, Maintenance
+from worker.results import exact_ids, result_of, storable
 from worker.runs import Run, Runs
 
 log = structlog.get_logger(__name__)
@@ -119,11 +121,11 @@ class Executor:
         """How the attempt ends; ``None`` if the claim was lost on the way."""
         stream = _TokenStream(self._courier.events, run.claim)
         try:
-            with self._images(work, run) as (history, turn, images):
+            with self._images(work, run) as (turn, images):
                 if run.stop_reason is not None:
                     return _stopped(run, "cancelled")
                 stream.begin()
-                answer = self._ask(work, run, [*history, *turn], images, stream)
+                answer = self._ask(work, run, turn, images, stream)
         except VisqError as refusal:
             return self._failed(refusal)
         except Exception:
@@ -131,36 +133,25 @@ class Executor:
             return self._failed(VisqError("visq failed at this job; the worker's log says why"))
         match answer:
             case Finished():
-                text = _storable(answer.text)
-                result = JobResult(
-                    text=text,
-                    finish_reason=answer.finish_reason,
-                    usage=Usage(
-                        prompt_tokens=answer.prompt_tokens,
-                        completion_tokens=answer.completion_tokens,
-                        images=len(images),
-                    ),
-                    model=self._engine.info.model,
-                )
-                reply = Message(role="assistant", content=text)
-                return Succeeded(result, [*turn, reply])
+                result = result_of(answer, len(images), self._engine.info.model)
+                reply = Message(role="assistant", content=result.text)
+                ids = exact_ids(answer.choices[0], work.prompt.gen_config)
+                return Succeeded(result, [*turn, reply], ids)
             case face.Failed(error):
                 return self._failed(error)
             case Stopped(reason):
                 return _stopped(run, reason)
 
     @contextmanager
-    def _images(
-        self, work: Work, run: Run
-    ) -> Iterator[tuple[list[Message], list[Message], list[PixelBuffer]]]:
-        """The history and the turn with the hashes of their images, and the images in order.
+    def _images(self, work: Work, run: Run) -> Iterator[tuple[list[Message], list[PixelBuffer]]]:
+        """The turn with the hashes of its images; and all images, those of the history first.
 
         An image that comes several times is fetched once. The pixels live as long as the block.
         """
         turn = work.prompt.as_messages()
         parts = [
             part
-            for message in [*work.history, *turn]
+            for message in [*_messages(work), *turn]
             for part in message.parts()
             if isinstance(part, ImagePart)
         ]
@@ -178,19 +169,19 @@ class Executor:
             loaded = {url: fetch.result() for url, fetch in fetches.items()}
             buffers = {url: buffer for url, buffer in loaded.items() if buffer is not None}
             if len(buffers) < len(urls):  # stopped on the way
-                yield [], [], []
+                yield [], []
                 return
             for part in parts:
                 _check_unchanged(part, buffers[part.image_url.url], work)
             hashes = {url: buffer.sha256 for url, buffer in buffers.items()}
             shown = [_with_hashes(message, hashes) for message in turn]
-            yield work.history, shown, [buffers[part.image_url.url] for part in parts]
+            yield shown, [buffers[part.image_url.url] for part in parts]
 
     def _ask(
         self,
         work: Work,
         run: Run,
-        messages: list[Message],
+        turn: list[Message],
         images: list[PixelBuffer],
         stream: _TokenStream,
     ) -> face.Outcome:
@@ -198,11 +189,13 @@ class Executor:
         handle = self._engine.submit(
             EngineRequest(
                 id=work.claim.job_id,
-                messages=messages,
+                messages=[*_messages(work), *turn],
                 images=images,
                 gen_config=work.prompt.gen_config,
                 do_preprocess=work.prompt.do_preprocess,
                 adapter_name=work.prompt.adapter_name,
+                cache_salt=work.tenant,
+                answer_ids=_answer_ids(work, self._engine.info.model),
                 lane=work.lane,
                 deadline_seconds=left,
             )
@@ -210,7 +203,7 @@ class Executor:
         run.attach(handle)
         for event in handle:
             if isinstance(event, TokenEvent):
-                stream.add(_storable(event.text))
+                stream.add(event.index, storable(event.text))
             else:
                 stream.flush()
                 return event
@@ -241,29 +234,33 @@ class Executor:
 
 
 class _TokenStream:
-    """Text for Redis, some tokens at a time. A stream is a convenience: without Redis the job
-    goes on."""
+    """Text for Redis, some tokens of each choice at a time. A stream is a convenience: without
+    Redis the job goes on."""
 
     def __init__(self, events: EventWriter, claim: Claim) -> None:
         self._events = events
         self._claim = claim
-        self._text = ""
+        self._texts: dict[int, str] = {}  # by choice
         self._flushed_at = 0.0
         self._broken = False
 
     def begin(self) -> None:
         self._write(lambda: self._events.attempt(self._claim.job_id, self._claim.attempt))
 
-    def add(self, text: str) -> None:
-        self._text += text
+    def add(self, index: int, text: str) -> None:
+        if text:
+            self._texts[index] = self._texts.get(index, "") + text
         if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        text, self._text = self._text, ""
-        if text:
-            self._write(lambda: self._events.token(self._claim.job_id, self._claim.attempt, text))
+        texts, self._texts = self._texts, {}
+        for index, text in texts.items():
+            self._write(partial(self._token, index, text))
             self._flushed_at = time.monotonic()
+
+    def _token(self, index: int, text: str) -> None:
+        self._events.token(self._claim.job_id, self._claim.attempt, text, index)
 
     def _write(self, write: Callable[[], None]) -> None:
         # After one failure the rest would have a gap: readers take the text from the job's end.
@@ -279,9 +276,18 @@ class _TokenStream:
 UNSTORABLE = Failed(VisqError("the end of this job cannot be stored; the worker's log says why"))
 
 
-def _storable(text: str) -> str:
-    """What PostgreSQL can keep: a model may say any character, but U+0000 is none there."""
-    return text.replace("\0", "\ufffd")
+def _messages(work: Work) -> list[Message]:
+    return [remembered.message for remembered in work.history]
+
+
+def _answer_ids(work: Work, model: str) -> dict[int, list[int]]:
+    """The exact tokens of the history's answers, by their place in it, that `model` generated: to
+    another model the same numbers mean other words."""
+    return {
+        index: remembered.token_ids
+        for index, remembered in enumerate(work.history)
+        if remembered.token_ids is not None and remembered.token_model == model
+    }
 
 
 def _stopped(run: Run, reason: str) -> Outcome | None:

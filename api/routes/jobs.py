@@ -44,6 +44,7 @@ from visq.errors import (
     PayloadTooLarge,
     Unavailable,
     UnsupportedMediaType,
+    UnsupportedParameter,
 )
 from visq.types import JobEventView, JobRequest, JobStatus, JobView, Lane, Page
 
@@ -53,6 +54,7 @@ SUBMIT_ERRORS: Final = (
     MalformedBody,
     PayloadTooLarge,
     UnsupportedMediaType,
+    UnsupportedParameter,
     IdempotencyConflict,
     ImageNotFound,
     ImageForbidden,
@@ -207,8 +209,9 @@ async def get_history(me: Me, job_id: JobId) -> Page[JobEventView]:
     responses={
         200: {
             "description": "The events. `attempt`: a run begins, discard all text so far. `token`: "
-            "append `text`. `end`: the job as `GET /v1/jobs/{job_id}` shows it; nothing follows. "
-            "Comments keep the connection alive. A job that has ended replays.",
+            "append `text`; with `n` > 1, to the choice that `index` names (absent: 0). `end`: the "
+            "job as `GET /v1/jobs/{job_id}` shows it; nothing follows. Comments keep the "
+            "connection alive. A job that has ended replays.",
             "content": {"text/event-stream": {"schema": EVENT_SCHEMA, "example": examples.EVENTS}},
         },
         204: {"description": "`Last-Event-ID` is of the end: there is nothing to follow."},

@@ -20,7 +20,7 @@ from visq import types
 from visq.errors import EngineCrashed, EngineError
 from visq.settings import Settings
 from visq.streams import WorkerInfo, announce_worker, withdraw_worker
-from visq.types import JobResult, Usage
+from visq.types import Choice, JobResult, Usage
 from worker.queue import Courier
 
 
@@ -95,19 +95,32 @@ class PlayedWorker:
         self.courier.events.attempt(job_id, claim.attempt)
         return claim
 
-    def say(self, claim: Claim, text: str) -> None:
-        self.courier.events.token(claim.job_id, claim.attempt, text)
+    def say(self, claim: Claim, text: str, index: int = 0) -> None:
+        self.courier.events.token(claim.job_id, claim.attempt, text, index)
 
-    def succeed(self, claim: Claim, text: str = "Three.", *, publish: bool = True) -> None:
+    def succeed(
+        self,
+        claim: Claim,
+        text: str = "Three.",
+        *others: str,
+        token_ids: list[int] | None = None,
+        publish: bool = True,
+    ) -> None:
+        """
+        :param others: texts of further choices.
+        :param token_ids: exact tokens of the answer.
+        """
+        choices = [Choice(text=said, finish_reason="stop") for said in (text, *others)]
         result = JobResult(
             text=text,
             finish_reason="stop",
             usage=Usage(prompt_tokens=7, completion_tokens=2, images=0),
             model="small",
+            choices=choices if others else None,
         )
         prompt = self.claimed.prompt.as_messages() if claim.session_id else []
         answer = types.Message(role="assistant", content=text)
-        self._finish(claim, Succeeded(result, [*prompt, answer]), publish)
+        self._finish(claim, Succeeded(result, [*prompt, answer], token_ids), publish)
 
     def fail(self, claim: Claim, *, retryable: bool = False) -> None:
         error = EngineCrashed("the engine crashed") if retryable else EngineError("it cannot")

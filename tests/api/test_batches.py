@@ -145,6 +145,26 @@ def test_a_batch_is_taken_whole_or_not_at_all(client: httpx2.Client) -> None:
     assert client.get("/v1/jobs").json()["data"] == []
 
 
+LOGITS = {"output_logits": "generation"}
+
+
+@pytest.mark.parametrize(
+    ("item", "batch", "param"),
+    [
+        ({}, {"gen_config": LOGITS}, "gen_config.output_logits"),
+        ({"gen_config": LOGITS}, {}, "items.1.gen_config.output_logits"),
+    ],
+)
+def test_logits_are_refused_at_the_submission(
+    client: httpx2.Client, item: dict[str, Any], batch: dict[str, Any], param: str
+) -> None:
+    items = [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "x", **item}]
+    response = client.post("/v1/batches", json={"items": items, **batch})
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+
+
 def test_a_name_given_twice_is_refused(client: httpx2.Client) -> None:
     item = {"custom_id": "a", "prompt": "x"}
     response = client.post("/v1/batches", json={"items": [item, item]})

@@ -54,6 +54,38 @@ def test_tokens_come_as_they_are_said_and_then_the_end(
         assert list(events) == []
 
 
+def texts_of(events: list[Sent]) -> dict[int, str]:
+    """The text of each choice that a reader has at the end."""
+    texts: dict[int, str] = {}
+    for event in events:
+        if event.event == "attempt":
+            texts = {}
+        elif event.event == "token":
+            index = event.data.get("index", 0)
+            texts[index] = texts.get(index, "") + event.data["text"]
+    return texts
+
+
+def test_several_choices_come_mixed_and_each_but_the_first_with_its_index(
+    client: httpx2.Client, worker: PlayedWorker
+) -> None:
+    job = submit(client, gen_config={"n": 2})
+    claim = worker.begin(job["id"])
+    for index, text in [(0, "Thr"), (1, "Fo"), (0, "ee."), (1, "ur.")]:
+        worker.say(claim, text, index)
+    worker.succeed(claim, "Three.", "Four.")
+    live = follow(client, job["id"])
+    tokens = [event.data for event in live if event.event == "token"]
+    assert tokens[:2] == [
+        {"attempt": 1, "text": "Thr"},
+        {"attempt": 1, "text": "Fo", "index": 1},
+    ]
+    assert texts_of(live) == {0: "Three.", 1: "Four."}
+
+    worker.courier.redis.delete(events_key(job["id"]))
+    assert texts_of(follow(client, job["id"])) == {0: "Three.", 1: "Four."}
+
+
 def test_an_ended_job_replays(client: httpx2.Client, worker: PlayedWorker) -> None:
     job = submit(client)
     worker.answer(job["id"], "Three.")

@@ -45,6 +45,14 @@ def test_as_many_images_as_a_message_has_room_for_are_taken(client: httpx2.Clien
     assert response.json()["error"]["param"] == "images"
 
 
+def test_logits_are_refused_at_the_submission(client: httpx2.Client) -> None:
+    response = client.post("/v1/jobs", json=ASK | {"gen_config": {"output_logits": "all"}})
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "gen_config.output_logits")
+    assert client.get("/v1/jobs").json()["data"] == []
+
+
 def test_an_unknown_job_is_not_found(client: httpx2.Client) -> None:
     response = client.get(f"/v1/jobs/job_{'0' * 32}")
     assert response.status_code == 404
@@ -63,7 +71,12 @@ def test_the_answer_is_in_the_job(client: httpx2.Client, worker: PlayedWorker) -
     seen = client.get(f"/v1/jobs/{job['id']}").json()
     assert seen["status"] == "succeeded"
     assert seen["result"]["text"] == "Three."
-    assert seen["result"]["usage"] == {"prompt_tokens": 7, "completion_tokens": 2, "images": 0}
+    assert seen["result"]["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 2,
+        "images": 0,
+        "cached_tokens": 0,
+    }
     assert seen["waiting_for"] is None
 
 

@@ -62,6 +62,23 @@ def test_turns_run_in_order_and_their_messages_are_kept(
     assert session["metadata"] == {"a": "b"}
 
 
+def test_exact_tokens_of_an_answer_are_neither_shown_nor_taken(
+    client: httpx2.Client, worker: PlayedWorker
+) -> None:
+    job = submit(client, session={})
+    worker.succeed(worker.begin(job["id"]), "Three.", token_ids=[5, 6])
+    page = client.get(f"/v1/sessions/{job['session_id']}/messages").json()
+    shown = {"turn", "role", "content", "job_id", "created_at"}
+    assert [set(message) for message in page["data"]] == [shown, shown]
+    assert client.get(f"/v1/jobs/{job['id']}").json()["result"]["token_ids"] is None
+
+    given = {"role": "assistant", "content": "Three.", "token_ids": [5, 6]}
+    messages = [given, {"role": "user", "content": "And now?"}]
+    response = client.post("/v1/jobs", json={"messages": messages})
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == "messages.0.token_ids"
+
+
 def test_messages_come_page_by_page(client: httpx2.Client, worker: PlayedWorker) -> None:
     session_id = conversation(client, worker, "one", "two")
     seen, cursor = [], None

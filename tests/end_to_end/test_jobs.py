@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.deployment import Deployment
+from tests.deployment import API_KEY, Deployment
 from tests.servers import Valkey
 from tests.waiting import until
 from visq import Client
-from visq.errors import ImageForbidden
+from visq.errors import ImageForbidden, UnsupportedParameter
 from visq.objects import ObjectStore, open_store, parse_uri
 from visq.settings import Settings
 from visq.types import JobStatus as S
@@ -31,6 +31,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey) -> Iter
         "broker_url": valkey.url,
         "max_image_bytes": "200000",
         "max_attempts": "2",
+        "api_keys": f"acme:{API_KEY},others:secret-of-others",
     }
     with Deployment(folder, settings) as deployment:
         deployment.start_worker()
@@ -128,12 +129,56 @@ def test_a_picture_of_the_history_that_changed_fails_the_next_turn_unless_accept
 
 
 def test_a_field_that_the_engine_cannot_honour_fails_the_job_by_its_name(client: Client) -> None:
-    view = client.jobs.submit("hello", gen_config={"logprobs": 3}).wait(60)
+    rhymes = {"response_format": {"type": "rhymes"}}
+    view = client.jobs.submit("hello", gen_config=rhymes).wait(60)
     assert view.error is not None
     assert (view.error.code, view.error.param) == (
         "unsupported_parameter",
-        "gen_config.logprobs",
+        "gen_config.response_format",
     )
+
+
+def test_several_choices_with_logprobs_and_perplexity_come_back(client: Client) -> None:
+    config = {**SHORT, "n": 3, "do_sample": True, "random_seed": 7, "logprobs": 2}
+    job = client.jobs.submit("what is this?", gen_config={**config, "return_ppl": True})
+    result = job.result(60)
+    assert result.choices is not None
+    assert len(result.choices) == 3
+    assert result.choices[0].text == result.text
+    generated = 0
+    for choice in result.choices:
+        assert choice.token_ids is not None
+        assert choice.logprobs is not None
+        for token, logprobs in zip(choice.token_ids, choice.logprobs, strict=True):
+            assert token in logprobs
+            assert 2 <= len(logprobs) <= 3
+        generated += len(choice.token_ids)
+    assert result.usage.completion_tokens == generated
+    assert result.ppl is not None
+    assert result.ppl > 0
+
+
+def test_the_next_turn_finds_the_one_before_it_in_the_cache(client: Client) -> None:
+    session = client.sessions.create()
+    config = {"max_new_tokens": 80, "ignore_eos": True}  # more than a block of the cache
+    first = session.chat("what color is the circle?", gen_config=config).result(60)
+    second = session.chat("and the square?", gen_config=SHORT).result(60)
+    assert first.usage.cached_tokens == 0
+    # The tokens of the answer are those that were generated, or it would not be found.
+    assert second.usage.cached_tokens > first.usage.prompt_tokens
+
+
+def test_tenants_share_no_cache(client: Client, deployment: Deployment) -> None:
+    prompt = "what color is the large circle at the left of the small square? " * 8
+    assert client.jobs.submit(prompt, gen_config=SHORT).result(60).usage.cached_tokens == 0
+    assert client.jobs.submit(prompt, gen_config=SHORT).result(60).usage.cached_tokens > 0
+    with Client(deployment.url, "secret-of-others") as other:
+        assert other.jobs.submit(prompt, gen_config=SHORT).result(60).usage.cached_tokens == 0
+
+
+def test_logits_are_refused_before_they_are_queued(client: Client) -> None:
+    with pytest.raises(UnsupportedParameter, match="logprobs"):
+        client.jobs.submit("hello", gen_config={"output_logits": "all"})
 
 
 def test_a_prompt_longer_than_the_context_fails_with_the_numbers(client: Client) -> None:
@@ -156,4 +201,4 @@ def test_another_tenants_upload_is_forbidden(client: Client, store: ObjectStore)
 
 def test_the_live_worker_shows_as_a_model(client: Client) -> None:
     [model] = until(lambda: list(client.models.list()), 10, "the model")
-    assert (model.id, model.engine, model.workers) == ("small", "generate", 1)
+    assert (model.id, model.engine, model.workers) == ("small", "native", 1)

@@ -58,9 +58,11 @@ class World:
     def finish(self, work: Work, outcome: Outcome) -> Transition | None:
         return self.database.run(jobs.finish, work.claim, outcome)
 
-    def succeed(self, job_id: str, text: str = "a cat") -> Transition:
+    def succeed(
+        self, job_id: str, text: str = "a cat", token_ids: list[int] | None = None
+    ) -> Transition:
         work = self.claimed(job_id)
-        transition = self.finish(work, answered(work, text))
+        transition = self.finish(work, answered(work, text, token_ids))
         assert transition is not None
         return transition
 
@@ -82,11 +84,12 @@ class World:
         )
 
 
-def answered(work: Work, text: str) -> Succeeded:
+def answered(work: Work, text: str, token_ids: list[int] | None = None) -> Succeeded:
     result = JobResult(
         text=text, finish_reason="stop", usage=Usage(completion_tokens=2), model="small"
     )
-    return Succeeded(result, [*work.prompt.as_messages(), Message(role="assistant", content=text)])
+    answer = Message(role="assistant", content=text)
+    return Succeeded(result, [*work.prompt.as_messages(), answer], token_ids)
 
 
 TRANSIENT = Failed(EngineCrashed("the engine died"), backoff_seconds=0.0)

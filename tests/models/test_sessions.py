@@ -18,8 +18,8 @@ def texts(work: Work) -> list[str]:
     """The history that a run sees, as plain texts."""
     return [
         part.text
-        for message in work.history
-        for part in message.parts()
+        for remembered in work.history
+        for part in remembered.message.parts()
         if isinstance(part, TextPart)
     ]
 
@@ -48,6 +48,36 @@ def test_a_turn_sees_the_history_of_the_turns_before_it(world: World) -> None:
     world.succeed(first, "answer 1")
     world.succeed(second, "answer 2")
     assert texts(world.claimed(third)) == ["turn 1", "answer 1", "turn 2", "answer 2"]
+
+
+def exact(work: Work) -> list[tuple[list[int] | None, str | None]]:
+    """Of each message of the history that a run sees: its exact tokens, and whose they are."""
+    return [(remembered.token_ids, remembered.token_model) for remembered in work.history]
+
+
+TOKENS = [0, 7, 2**31 - 1]
+
+
+def test_an_answer_is_remembered_with_its_exact_tokens_and_their_model(world: World) -> None:
+    first, second, third = opened(world, 3)
+    world.succeed(first, "answer 1", TOKENS)
+    world.succeed(second, "answer 2")
+    assert exact(world.claimed(third)) == [
+        (None, None),
+        (TOKENS, "small"),
+        (None, None),
+        (None, None),
+    ]
+
+
+def test_a_fork_remembers_the_exact_tokens_too(world: World) -> None:
+    [first] = opened(world, 1)
+    world.succeed(first, "answer 1", TOKENS)
+    session_id = world.job(first).session_id
+    assert session_id is not None
+    fork = world.database.run(sessions.fork, session_id, 1)
+    other = world.submit(session_id=fork.id)
+    assert exact(world.claimed(other.id)) == [(None, None), (TOKENS, "small")]
 
 
 def test_a_failed_turn_leaves_no_trace_in_the_history(world: World) -> None:

@@ -39,3 +39,15 @@ def test_what_is_not_set_lies_in_the_data_folder(
 def test_secrets_are_not_in_the_printed_settings() -> None:
     settings = Settings.model_validate({"api_keys": "acme:very-secret"})
     assert "very-secret" not in repr(settings)
+
+
+def test_adapters_are_names_and_folders() -> None:
+    settings = Settings(adapters=" legal=/models/legal , x = loras/a=b ")
+    assert settings.adapter_folders == {"legal": "/models/legal", "x": "loras/a=b"}
+    assert Settings().adapter_folders == {}
+
+
+@pytest.mark.parametrize("adapters", ["legal", "legal=", "=/folder", "a=/x,a=/y"])
+def test_adapters_without_a_name_or_folder_are_refused(adapters: str) -> None:
+    with pytest.raises(ConfigurationError, match="VISQ_ADAPTERS"):
+        Settings(adapters=adapters)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +18,12 @@ from models import jobs, reading, submit
 from models.database import Database
 from models.outcomes import Claim, Outcome, Succeeded, Transition
 from models.tables import Job
+from models.views import job_view
 from tests.waiting import until
 from visq.pixels import PixelBuffer
 from visq.settings import Settings
-from visq.streams import WorkerInfo
-from visq.types import JobRequest, JobStatus
+from visq.streams import StreamEvent, WorkerInfo, events_key
+from visq.types import JobRequest, JobStatus, TextPart
 from worker.engine.face import Choice, EngineInfo, EngineRequest, Finished, Handle, TokenEvent
 from worker.executor import Executor
 from worker.media import Media
@@ -31,6 +34,8 @@ from worker.runs import Runs
 @dataclass
 class PlayedEngine:
     text: str = "a cat"
+    outcome: Finished | None = None
+    """In place of `text`, said whole."""
     alive: bool = True
     requests: list[EngineRequest] = field(default_factory=list)
     info: EngineInfo = field(
@@ -40,9 +45,14 @@ class PlayedEngine:
     def submit(self, request: EngineRequest) -> Handle:
         self.requests.append(request)
         handle = Handle(lambda: None)
-        handle.publish(TokenEvent(self.text, [1]))
-        handle.publish(Finished((Choice(self.text, "stop", [1]),), 3))
+        outcome = self.outcome or Finished((Choice(self.text, "stop", [1]),), 3)
+        for index, choice in enumerate(outcome.choices):
+            handle.publish(TokenEvent(choice.text, choice.token_ids, index))
+        handle.publish(outcome)
         return handle
+
+    def named(self, model: str) -> None:
+        self.info = replace(self.info, model=model)
 
     def close(self) -> None:
         self.alive = False
@@ -67,6 +77,7 @@ class World:
     engine: PlayedEngine
     runs: Runs
     executor: Executor
+    courier: Courier
     tenant_id: str
 
     def submit(self, **fields: Any) -> str:
@@ -74,8 +85,18 @@ class World:
         submitted = self.database.run(submit.submit_job, self.tenant_id, request, max_attempts=3)
         return submitted.job.id
 
+    def run(self, **fields: Any) -> Job:
+        """A job that has been run."""
+        job_id = self.submit(**fields)
+        self.executor.run(job_id)
+        return self.job(job_id)
+
     def job(self, job_id: str) -> Job:
         return self.database.read(jobs.get, job_id)
+
+    def streamed(self, job_id: str) -> list[StreamEvent]:
+        entries: Any = self.courier.redis.xrange(events_key(job_id))
+        return [StreamEvent.from_fields(fields) for _, fields in entries]
 
 
 @pytest.fixture
@@ -102,7 +123,7 @@ def world(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[World]:
         maintenance=Maintenance(settings, database, courier),
     )
     tenants = database.run(reading.ensure_tenants, ["acme"])
-    yield World(database, engine, runs, executor, tenants["acme"])
+    yield World(database, engine, runs, executor, courier, tenants["acme"])
     executor.close()
     courier.close()
     database.close()
@@ -160,3 +181,95 @@ def test_while_the_engine_is_down_no_job_is_claimed(world: World) -> None:
     job_id = world.submit()
     world.executor.run(job_id)
     assert world.job(job_id).status is JobStatus.QUEUED
+
+
+def test_the_engine_is_told_the_tenant_so_that_tenants_share_no_cache(world: World) -> None:
+    world.run()
+    [request] = world.engine.requests
+    assert request.cache_salt == "acme"
+
+
+def test_the_next_turn_goes_on_from_the_exact_tokens_of_the_answers(world: World) -> None:
+    messages = [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "what is this?"},
+    ]
+    world.engine.outcome = Finished((Choice("a cat", "stop", [5, 6]),), 3)
+    first = world.run(prompt=None, messages=messages, session={})
+    world.engine.outcome = Finished((Choice("black", "length", [7]),), 3)
+    world.run(session_id=first.session_id)
+    world.run(session_id=first.session_id)
+    asked = world.engine.requests
+    assert [request.answer_ids for request in asked] == [{}, {2: [5, 6]}, {2: [5, 6], 4: [7]}]
+    roles = [message.role for message in asked[-1].messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
+
+
+def test_another_model_gets_the_text_of_an_answer_and_not_its_tokens(world: World) -> None:
+    first = world.run(session={})
+    world.engine.named("large")
+    world.run(session_id=first.session_id)
+    world.run(session_id=first.session_id)
+    world.engine.named("small")
+    world.run(session_id=first.session_id)
+    [_, second, third, fourth] = world.engine.requests
+    assert second.answer_ids == {}
+    assert list(third.answer_ids) == [3]
+    assert list(fourth.answer_ids) == [1]
+
+
+def test_an_answer_that_a_stop_word_ended_is_remembered_by_its_text(world: World) -> None:
+    first = world.run(session={}, gen_config={"stop_words": ["."]})
+    world.run(session_id=first.session_id)
+    assert world.engine.requests[-1].answer_ids == {}
+
+
+def test_tokens_keep_a_character_that_the_stored_text_cannot(world: World) -> None:
+    world.engine.outcome = Finished((Choice("a\0cat", "stop", [5, 0, 6]),), 3)
+    first = world.run(session={})
+    world.run(session_id=first.session_id)
+    assert world.engine.requests[-1].answer_ids == {1: [5, 0, 6]}
+
+
+def test_the_first_of_several_choices_is_the_sessions_answer(world: World) -> None:
+    choices = (Choice("a cat", "stop", [5, 6]), Choice("a dog\0", "length", [5, 7, 8]))
+    world.engine.outcome = Finished(choices, 3, cached_tokens=2)
+    job = world.run(session={}, gen_config={"n": 2})
+    result = job_view(job).result
+    assert result is not None
+    assert (result.text, result.finish_reason) == ("a cat", "stop")
+    assert result.choices is not None
+    assert [(choice.text, choice.finish_reason) for choice in result.choices] == [
+        ("a cat", "stop"),
+        ("a dog\ufffd", "length"),
+    ]
+    assert (result.usage.completion_tokens, result.usage.cached_tokens) == (5, 2)
+    world.run(session_id=job.session_id)
+    request = world.engine.requests[-1]
+    assert request.answer_ids == {1: [5, 6]}
+    assert request.messages[1].content == [TextPart(text="a cat")]
+
+
+def test_each_choice_has_its_own_text_in_the_stream(world: World) -> None:
+    choices = (Choice("a cat", "stop", [5, 6]), Choice("a dog", "stop", [5, 7]))
+    world.engine.outcome = Finished(choices, 3)
+    job = world.run(gen_config={"n": 2})
+    said = [(e.index, e.text) for e in world.streamed(job.id) if e.type == "token"]
+    assert sorted(said) == [(0, "a cat"), (1, "a dog")]
+
+
+def test_one_choice_is_streamed_as_ever(world: World) -> None:
+    job = world.run()
+    entries: Any = world.courier.redis.xrange(events_key(job.id))
+    assert json.loads(entries[1][1][b"event"]) == {"type": "token", "attempt": 1, "text": "a cat"}
+
+
+def test_logprobs_and_perplexity_are_in_the_stored_result(world: World) -> None:
+    logprobs = [{512: -2.5, 7: -0.25}, {9: -0.5, 10: -math.inf}]
+    choice = Choice("a cat", "stop", [512, 9], logprobs=logprobs)
+    world.engine.outcome = Finished((choice,), 3, ppl=1.5)
+    result = job_view(world.run(gen_config={"logprobs": 1, "return_ppl": True})).result
+    assert result is not None
+    assert result.token_ids == [512, 9]
+    assert result.logprobs == [{512: -2.5, 7: -0.25}, {9: -0.5, 10: -9999.0}]
+    assert result.ppl == 1.5

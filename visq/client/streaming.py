@@ -28,6 +28,8 @@ class ServerSentEvent(Protocol):
 
 class _Token(BaseModel):
     text: str
+    index: int = 0
+    """Which of the ``n`` choices; a stream shows the first."""
 
 
 class TextStream:
@@ -52,8 +54,10 @@ class TextStream:
             case "attempt":
                 self._text = ""
             case "token":
-                self._text += _Token.model_validate_json(event.data).text
-                return self._new_text()
+                said = _Token.model_validate_json(event.data)
+                if said.index == 0:
+                    self._text += said.text
+                    return self._new_text()
             case "end":
                 return self.ended(JobView.model_validate_json(event.data))
         return ""  # or of a kind that a later version has

@@ -17,10 +17,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from visq.errors import Unavailable, VisqError
+from visq.pixels import PixelBuffer
 from worker.engine.face import (
+    EngineImage,
     EngineInfo,
     EngineRequest,
     Event,
@@ -29,9 +31,6 @@ from worker.engine.face import (
     Stopped,
     TokenEvent,
 )
-
-if TYPE_CHECKING:
-    from visq.pixels import PixelBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +150,10 @@ class Flight:
                 self._handles.pop(index, None)
 
 
-def release(images: Iterable[PixelBuffer]) -> None:
+def release(images: Iterable[EngineImage]) -> None:
     for image in images:
-        image.release()
+        if isinstance(image, PixelBuffer):
+            image.release()
 
 
 class _NoRoom(Failed):

@@ -35,7 +35,6 @@ from visq.pipeline.prompts import (
 from visq.pipeline.response import Response
 from visq.pipeline.session import RequestConflict, Session, Turn
 from visq.pixels import PixelBuffer
-from visq.types import Message
 from visq.vl.pictures import Picture, load_picture
 from visq.vl.reading import ReadingRules
 from worker.engine.face import EngineRequest, Failed, Finished, TokenEvent
@@ -272,13 +271,11 @@ def _lists_of_tokens(input_ids: Any) -> list[list[int]]:
 
 
 def _scored(ids: list[int]) -> EngineRequest:
-    """A raw prompt that is these tokens and nothing else."""
     return EngineRequest(
         id="ppl",
-        messages=[Message(role="assistant", content="-")],
-        answer_ids={0: ids},
+        messages=[],
         gen_config=GenerationConfig(max_new_tokens=1, return_ppl=True).as_json_form(),
-        do_preprocess=False,
+        prompt_ids=ids,
     )
 
 

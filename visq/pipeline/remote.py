@@ -253,7 +253,9 @@ class RemotePipeline(BasePipeline):
         if asked.adapter_name is not None:
             fields["adapter_name"] = asked.adapter_name
         if asked.do_preprocess:
-            return fields | {"messages": with_urls(said, urls)}
+            messages = with_urls(said, urls)
+            # As dicts, with the parts' types: only what was given goes over the wire.
+            return fields | {"messages": [m.model_dump(exclude_none=True) for m in messages]}
         return fields | {"do_preprocess": False, "prompt": _raw(said), "images": urls}
 
     def _url(self, image: Any) -> str:

@@ -66,14 +66,14 @@ def _decoded(data: bytes, name: str, rules: ReadingRules) -> NDArray[np.uint8]:
 
 def _of_pil(image: Image.Image, rules: ReadingRules) -> Picture:
     rooms.mount(guest=True)
-    from worker.media.decode import _as_rgb
+    from worker.media.decode import as_rgb
 
     if image.width * image.height > rules.max_pixels:
         raise ImageTooLarge(f"a PIL image has more than {rules.max_pixels} pixels")
     if not image.width or not image.height:
         raise InvalidRequest("a PIL image has no pixels")
     try:
-        array = np.ascontiguousarray(_as_rgb(image))
+        array = np.ascontiguousarray(as_rgb(image))
     except ImageError as error:
         raise type(error)(f"a PIL image {error.message}") from None
     # Another beginning than any encoded image has, so that the two kinds of hash never meet.

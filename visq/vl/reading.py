@@ -67,7 +67,7 @@ def name_of(source: str | os.PathLike[str]) -> str:
         return "data URL"
     if text[:4].lower() == "http":
         url = urlsplit(text)
-        return f"{url.scheme}://{url.hostname}{url.path}"
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
     return text
 
 
@@ -110,8 +110,6 @@ def _of_file(path: Path, max_bytes: int) -> bytes:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise ImageError(f"image {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:  # a NUL in the name
-        raise ImageNotFound(f"image {path!s} cannot be a file ({error})") from None
     if len(data) > max_bytes:
         raise too_large(str(path), max_bytes)
     return data

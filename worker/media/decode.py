@@ -64,7 +64,7 @@ def decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
             with _opened(data) as image:
                 if image.width * image.height > max_pixels:
                     raise too_large
-                return _as_rgb(image)
+                return as_rgb(image)
     except MemoryError:
         raise ImageTooLarge(OUT_OF_MEMORY) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -80,7 +80,11 @@ def _opened(data: bytes) -> Image.Image:
         raise ImageUndecodable(_BROKEN) from None
 
 
-def _as_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def as_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an opened picture as RGB, uint8, (height, width, 3).
+
+    :raises ImageUndecodable: damaged.
+    """
     try:
         image.load()  # of an animation: the first frame
         image = _in_8_bits(ImageOps.exif_transpose(image))

@@ -11,7 +11,9 @@ import pytest
 
 import worker
 from tests.waiting import until
+from visq.embedded.stack import Stack
 from visq.pipeline import EngineConfig, Pipeline, pipeline
+from visq.settings import Settings
 
 SAMPLES = Path(worker.__file__).parent / "small_model" / "samples"
 TRUTH = {entry["file"]: entry for entry in json.loads((SAMPLES / "samples.json").read_text())}
@@ -21,6 +23,14 @@ TRUTH = {entry["file"]: entry for entry in json.loads((SAMPLES / "samples.json")
 def pipe() -> Iterator[Pipeline]:
     with pipeline("small", backend_config=EngineConfig(device="cpu")) as pipe:
         yield pipe
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Valkey, the API and a worker with the small model."""
+    data = tmp_path_factory.mktemp("remote") / "data"
+    with Stack(Settings(data=data, port=0, device="cpu", engine_threads=1)) as running:
+        yield running
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from tests.visq.pipeline.conftest import SAMPLES, TRUTH
-from visq.errors import ConfigurationError, Unavailable, VisqError
+from visq.errors import ConfigurationError, InvalidRequest, Unavailable
 from visq.pipeline import (
     ChatTemplateConfig,
     EngineConfig,
@@ -24,6 +25,7 @@ from visq.pipeline import (
 )
 from visq.pixels import PixelBuffer
 from visq.vl import load_image
+from worker.engine.config import SMALL_MODEL
 from worker.engine.face import EngineInfo, EngineRequest, Event, Handle, TokenEvent
 
 FILES = ["01-shapes.png", "02-shapes.png", "03-shapes.png", "05-shapes.png"]
@@ -120,7 +122,7 @@ def test_each_prompt_may_have_a_config_of_its_own(pipe: Pipeline) -> None:
 def test_a_bad_prompt_fails_alone(
     pipe: Pipeline, sample: Path, tmp_path: Path, nothing_left: Callable[[], None]
 ) -> None:
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing else")
+    (tmp_path / "broken.png").write_bytes(sample.read_bytes()[:-200])
     bad = [
         ("what?", tmp_path / "missing.png"),
         ("what?", tmp_path / "broken.png"),
@@ -168,7 +170,7 @@ def test_the_system_message_and_stop_words_of_a_template_config_count(watched: W
     pipe = Pipeline.over(watched, template)
     response = pipe("Hello!", gen_config=GenerationConfig(stop_words=["never"]))
     [request] = watched.requests
-    assert [(m.role, m.content) for m in request.messages][0] == ("system", "Be brief.")
+    assert (request.messages[0].role, request.messages[0].content) == ("system", "Be brief.")
     assert request.gen_config.stop_words == ["never", "know"]
     assert "know" not in response.text
     pipe("Hello!", do_preprocess=False)
@@ -220,17 +222,17 @@ def test_when_shared_memory_is_full_prompts_wait_for_those_before_them(
 def test_an_interrupted_call_leaves_nothing_behind(
     watched: Watched, sample: Path, nothing_left: Callable[[], None]
 ) -> None:
-    class Interrupted(Exception):
+    class StopError(Exception):
         pass
 
     class Thrower(Pipeline):
         def _answers(self, asked: Any) -> Iterator[Any]:  # type: ignore[override]
             for number, response in enumerate(super()._answers(asked)):
                 if number == 1:
-                    raise Interrupted
+                    raise StopError
                 yield response
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopError):
         Thrower.over(watched)([("How many things are there?", sample)] * 8)
     nothing_left()
     assert len(watched.requests) < 8
@@ -255,17 +257,22 @@ def test_a_picture_of_any_mode_is_shown_as_a_person_sees_it(pipe: Pipeline, samp
 
 
 def test_prompts_are_scored_by_their_tokens(pipe: Pipeline) -> None:
-    question = pipe("How many things are there?")
     prompt = [7, 30, 41, 8, 100, 2]
     one, two = pipe.get_ppl([prompt, prompt[:3]])
     assert pipe.get_ppl(prompt) == [pytest.approx(one)]
     assert one != pytest.approx(two)
-    # The first token is certain to be followed by something: none of this is negative.
-    assert one > 0
-    assert two > 0
-    scored = pipe("How many things are there?", gen_config=GenerationConfig(return_ppl=True))
-    assert scored.ppl is not None
-    assert scored.text == question.text
+    with pytest.raises(InvalidRequest, match="10000000"):
+        pipe.get_ppl([1, 10_000_000])
+
+
+def test_a_prompt_is_scored_beside_its_answer(pipe: Pipeline) -> None:
+    ids = AutoTokenizer.from_pretrained(SMALL_MODEL)("How many things are there?")["input_ids"]
+    config = GenerationConfig(return_ppl=True, output_logits="all")
+    response = pipe("How many things are there?", config, do_preprocess=False)
+    assert response.input_token_len == len(ids)
+    likelihoods = response.logits.log_softmax(-1)
+    losses = [-float(likelihoods[place, token]) for place, token in enumerate(ids[1:])]
+    assert response.ppl == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_tokens_to_score_are_checked(pipe: Pipeline) -> None:
@@ -274,8 +281,6 @@ def test_tokens_to_score_are_checked(pipe: Pipeline) -> None:
         with pytest.raises(ValueError, match="at least two"):
             pipe.get_ppl(wrong)
     assert pipe.get_ppl([]) == []
-    with pytest.raises(VisqError, match="token"):
-        pipe.get_ppl([1, 10_000_000])
 
 
 def test_all_choices_come_back(pipe: Pipeline) -> None:

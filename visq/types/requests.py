@@ -1,48 +1,16 @@
-"""The shared vocabulary: what a client sends, what the queue carries, what a result says.
-
-Pydantic models with ``extra="forbid"`` on everything that comes from outside, so that a misspelt
-field is an error and not a silent default. No HTTP, SQL, Celery or torch here.
-"""
+"""What a client sends: prompts, jobs, batches, and how to generate."""
 
 from __future__ import annotations
 
-from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Final, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
-
-T = TypeVar("T")
 
 MAX_MESSAGES: Final = 256
 MAX_PARTS: Final = 256
 MAX_TEXT: Final = 1_000_000
 MAX_INT64: Final = 2**63 - 1
-
-
-class JobStatus(StrEnum):
-    """Where a job is in its life (`models/jobs.py` holds the transitions)."""
-
-    WAITING = "waiting"
-    """An earlier turn of its session has not ended."""
-    QUEUED = "queued"
-    """Ready for a worker."""
-    RUNNING = "running"
-    """Claimed by a worker, under a lease."""
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"
-    """`expires_at` passed before it ended."""
-
-    @property
-    def is_terminal(self) -> bool:
-        return self in TERMINAL
-
-
-TERMINAL: Final = frozenset(
-    {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED}
-)
 
 
 class JobKind(StrEnum):
@@ -101,16 +69,24 @@ class GenerationConfig(Wire):
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logprobs: Annotated[int, Field(ge=0, le=64)] | None = None
-    """Number of most likely alternatives to return for each token."""
+    """Number of most likely alternatives to return for each token; 0: the token's own only."""
     response_format: dict[str, JsonValue] | None = None
     """``{"type": "json_schema" | "regex_schema" | "json_object", ...}``."""
     output_logits: Literal["all", "generation"] | None = None
+    """For programs that have the model at hand (`visq.pipeline`). The API refuses it: logits are
+    too large for a queue."""
     return_ppl: bool = False
     repetition_ngram_size: Annotated[int, Field(ge=0, le=1024)] = 0
     repetition_ngram_threshold: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
-class TextPart(Wire):
+class _Part(Wire):
+    def model_post_init(self, context: Any, /) -> None:
+        """``type`` tells parts apart, so it is sent even where only what was set is sent."""
+        self.__pydantic_fields_set__.add("type")
+
+
+class TextPart(_Part):
     type: Literal["text"] = "text"
     text: Annotated[str, Field(max_length=MAX_TEXT)]
 
@@ -124,7 +100,7 @@ class ImageUrl(Wire):
     """Accepted for compatibility with OpenAI's message format; has no effect."""
 
 
-class ImagePart(Wire):
+class ImagePart(_Part):
     type: Literal["image_url"] = "image_url"
     image_url: ImageUrl
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
@@ -270,162 +246,3 @@ class BatchRequest(Wire):
                 raise ValueError(f"`custom_id` {item.custom_id!r} is given twice")
             seen.add(item.custom_id)
         return self
-
-
-class ErrorBody(BaseModel):
-    """The one shape of an error, in responses and in jobs."""
-
-    code: str
-    message: str
-    param: str | None = None
-
-
-class Usage(BaseModel):
-    """Tokens and images that a job used."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    images: int = 0
-
-
-class JobResult(BaseModel):
-    """What the model answered."""
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-    model: str
-
-
-class WaitingFor(BaseModel):
-    """Why a job is not running yet."""
-
-    reason: Literal["turn", "lane", "retry", "worker"]
-    """An earlier turn; its place in the lane; a retry at a time; no worker is running."""
-    job_id: str | None = None
-    position: int | None = None
-    """Jobs of the same lane before this one."""
-    at: datetime | None = None
-
-
-class JobView(BaseModel):
-    """A job as the API shows it."""
-
-    id: str
-    object: Literal["job"] = "job"
-    kind: JobKind
-    status: JobStatus
-    lane: Lane
-    session_id: str | None = None
-    turn: int | None = None
-    batch_id: str | None = None
-    custom_id: str | None = None
-    position: int | None = None
-    """Place in its batch, from 0."""
-    attempt: int
-    max_attempts: int
-    metadata: dict[str, str]
-    result_queue: str | None = None
-    result: JobResult | None = None
-    error: ErrorBody | None = None
-    waiting_for: WaitingFor | None = None
-    created_at: datetime
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-    expires_at: datetime | None = None
-
-
-class JobEventView(BaseModel):
-    """One transition of a job's life."""
-
-    at: datetime
-    from_status: JobStatus | None
-    to_status: JobStatus
-    attempt: int
-    worker: str | None
-    reason: str | None
-
-
-class SessionView(BaseModel):
-    id: str
-    object: Literal["session"] = "session"
-    turns: int
-    """Turns submitted so far, whatever became of them."""
-    metadata: dict[str, str]
-    forked_from: str | None = None
-    created_at: datetime
-    updated_at: datetime
-
-
-class StoredMessage(BaseModel):
-    """A message of a session's history."""
-
-    turn: int
-    role: Literal["system", "user", "assistant"]
-    content: list[TextPart | ImagePart]
-    job_id: str | None
-    created_at: datetime
-
-
-class BatchCounts(BaseModel):
-    total: int
-    succeeded: int
-    failed: int
-    cancelled: int
-    expired: int
-
-    @property
-    def finished(self) -> int:
-        return self.succeeded + self.failed + self.cancelled + self.expired
-
-
-class BatchStatus(StrEnum):
-    IN_PROGRESS = "in_progress"
-    CANCELLING = "cancelling"
-    COMPLETED = "completed"
-    CANCELLED = "cancelled"
-
-
-class BatchView(BaseModel):
-    id: str
-    object: Literal["batch"] = "batch"
-    status: BatchStatus
-    lane: Lane
-    counts: BatchCounts
-    metadata: dict[str, str]
-    result_queue: str | None = None
-    created_at: datetime
-    finished_at: datetime | None = None
-
-
-class ImageView(BaseModel):
-    """An uploaded image."""
-
-    id: str
-    object: Literal["image"] = "image"
-    uri: str
-    sha256: str
-    size: int
-    """Bytes."""
-    created_at: datetime
-
-
-class ModelView(BaseModel):
-    """A model that at least one live worker serves."""
-
-    id: str
-    object: Literal["model"] = "model"
-    engine: str
-    device: str
-    workers: int
-
-
-class Page(BaseModel, Generic[T]):
-    """One page of a list; ``next_cursor`` is ``None`` on the last one."""
-
-    object: Literal["list"] = "list"
-    data: list[T]
-    next_cursor: str | None = None
-
-
-Json = dict[str, Any]
