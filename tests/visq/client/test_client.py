@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.api.running import PlayedWorker
 from visq import Client, errors
-from visq.types import JobStatus, TextPart
+from visq.types import JobStatus, Message, TextPart
 
 PIXELS = io.BytesIO()
 Image.new("RGB", (2, 2), "red").save(PIXELS, "PNG")
@@ -33,6 +33,11 @@ def test_messages_are_sent_as_given(client: Client, answering: None) -> None:
         kind="generate",
     )
     assert job.result().text == "You asked: Why?"
+
+
+def test_messages_may_be_objects_made_with_their_defaults(client: Client, answering: None) -> None:
+    message = Message(role="user", content=[TextPart(text="Why?")])
+    assert client.jobs.submit(messages=[message]).result().text == "You asked: Why?"
 
 
 def test_a_wait_ends_at_its_timeout_and_the_job_goes_on(client: Client) -> None:

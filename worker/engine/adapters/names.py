@@ -13,7 +13,7 @@ from torch import nn
 
 from worker.engine.adapters.lora import LoraLinear
 from worker.engine.adapters.peft_files import UnusableAdapter
-from worker.engine.loaders.internvl2_weights import _rename as internvl2_name
+from worker.engine.loaders.internvl2_weights import native_name as internvl2_name
 
 Scheme: TypeAlias = Callable[[str], str]
 

@@ -157,7 +157,7 @@ def check(config: Any) -> None:
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise UnusableAdapter(
-            f"init_lora_weights={start!r} changes the model's own weights; convert it with "
+            f"init_lora_weights={start!r} may rest on other weights of the model; convert it with "
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`"
         )
     for name, value in sorted(config.items()):

@@ -117,7 +117,7 @@ def _native(
     name: str, tensor: torch.Tensor, text_config: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Native names and tensors of a published one: itself, or the parts of a fused one."""
-    native = _rename(name)
+    native = native_name(name)
     module, _, kind = native.rpartition(".")
     stem, _, fused = module.rpartition(".")
     if fused not in ("qkv", "wqkv"):
@@ -156,7 +156,7 @@ def split_wqkv(tensor: torch.Tensor, text_config: Any) -> tuple[torch.Tensor, ..
     )
 
 
-def _rename(name: str) -> str:
+def native_name(name: str) -> str:
     for published, native in PLACES:
         if name.startswith(published):
             name = native + name.removeprefix(published)
