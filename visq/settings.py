@@ -91,13 +91,50 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on CUDA, float32 on the CPU."""
-    concurrency: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Jobs that one worker holds at a time."""
+    concurrency: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Jobs, and messages of the broker, that one worker holds at a time; 0: as many as its engine
+    can usefully hold and shared memory has room for. More than the engine can hold is cut to it."""
+    shutdown_seconds: Annotated[float, Field(ge=0)] = 20.0
+    """After SIGTERM, running jobs have this long to finish; then they are handed back."""
+
+    # --- the engine --------------------------------------------------------------------------
+    engine: Literal["auto", "native", "generate"] = "auto"
+    """``auto``: the native engine (continuous batching) if it knows the model, else transformers'
+    ``generate``, one request after the other."""
     engine_threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the engine; 0: torch's own choice, or one for a model under
     100 M weights, which more threads only slow down."""
-    shutdown_seconds: Annotated[float, Field(ge=0)] = 20.0
-    """After SIGTERM, running jobs have this long to finish; then they are handed back."""
+    engine_hang_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """An engine that makes no step for this long while it has requests is killed and started
+    again; their jobs are attempted again. Loading the model does not count."""
+    session_len: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of prompt and answer together; unset: what the model and the KV cache allow."""
+    max_batch_size: Annotated[int, Field(ge=0, le=2048)] = 0
+    """Most answers that are generated at a time; 0: 32 on the CPU, 256 on CUDA."""
+    max_step_tokens: Annotated[int, Field(ge=0)] = 0
+    """Most tokens that one step computes: longer prompts are computed in pieces, between which
+    other answers go on; 0: 512 on the CPU, 8192 on CUDA."""
+    kv_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory of the KV cache; 0: 256 MiB on the CPU, on CUDA what ``gpu_memory_utilization``
+    leaves."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Part of the GPU's memory that the engine may use: weights, caches and work space."""
+    vision_cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory for features of pictures, which are encoded once while they stay there; 0: 128 MiB on
+    the CPU, 2 GiB on CUDA."""
+    prefix_caching: bool = True
+    """Keep the KV cache of prompts, so that what begins like an earlier prompt of the same tenant
+    (the next turn of a session) is not computed again."""
+    adapters: str = ""
+    """LoRA adapters that jobs may name in ``adapter_name``: ``name=folder`` pairs separated by
+    commas."""
+
+    # --- metrics of the worker ---------------------------------------------------------------
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port on which a worker answers Prometheus (docs/metrics.md); 0: a free one, which its log
+    names; unset: none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port. Metrics hold no content of jobs, but are open to whoever connects."""
 
     # --- images ------------------------------------------------------------------------------
     max_image_bytes: Annotated[int, Field(gt=0)] = 50 * MIB
@@ -121,10 +158,21 @@ class Settings(BaseSettings):
         parse_api_keys(value.get_secret_value())
         return value
 
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_are_pairs(cls, value: str) -> str:
+        parse_adapters(value)
+        return value
+
     @cached_property
     def tenants(self) -> dict[str, str]:
         """Tenant name -> secret."""
         return parse_api_keys(self.api_keys.get_secret_value())
+
+    @cached_property
+    def adapter_folders(self) -> dict[str, str]:
+        """Adapter name -> folder."""
+        return parse_adapters(self.adapters)
 
     @property
     def database(self) -> str:
@@ -161,3 +209,19 @@ def parse_api_keys(text: str) -> dict[str, str]:
             )
         keys[name] = secret
     return keys
+
+
+def parse_adapters(text: str) -> dict[str, str]:
+    """Parse ``name=folder,name=folder`` into a dict.
+
+    :raises ConfigurationError: if a pair has no name or no folder, or a name comes twice.
+    """
+    folders: dict[str, str] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, _, folder = (part.strip() for part in pair.partition("="))
+        if not name or not folder or name in folders:
+            raise ConfigurationError(
+                "VISQ_ADAPTERS must be `name=folder` pairs separated by commas, with distinct names"
+            )
+        folders[name] = folder
+    return folders

@@ -7,10 +7,13 @@ decoded in media processes. The model is loaded before the first message is take
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 import uuid
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
 
 import structlog
 from celery import Celery, signals
@@ -23,13 +26,24 @@ from visq.objects import open_store
 from visq.settings import Settings
 from visq.streams import WorkerInfo
 from worker.engine import start_engine
+from worker.engine.face import EngineInfo
 from worker.executor import Executor
 from worker.media import Media
+from worker.metrics import Metrics
 from worker.queue import Courier, Maintenance, broker_guard
 from worker.queue.app import RUN_TASK, make_app
 from worker.runs import Runs
 
 log = structlog.get_logger(__name__)
+
+DATABASE_CONNECTIONS: Final = 16
+"""Of one worker, and as many more for a moment: a job's transactions take milliseconds, and
+PostgreSQL allows 100 connections to all."""
+
+PICTURES_OF_A_JOB: Final = 16 * 1024 * 1024
+"""Bytes in shared memory that a job is expected to hold: pictures of 5 megapixels together."""
+
+SHARED_MEMORY: Final = Path("/dev/shm")
 
 
 def run(settings: Settings) -> int:
@@ -42,7 +56,7 @@ def run(settings: Settings) -> int:
     console = Console(stderr=True)
     broker_guard.install()
     with ExitStack() as stack:
-        database = Database(settings.database, pool_size=min(settings.concurrency + 4, 64))
+        database = Database(settings.database, pool_size=DATABASE_CONNECTIONS)
         stack.callback(database.close)
         database.read(revision.check)
         console.print(f"loading the model [bold]{settings.model}[/] ...")
@@ -53,6 +67,12 @@ def run(settings: Settings) -> int:
             f"loaded [bold]{info.model}[/] on {info.device} ({info.dtype}, engine "
             f"{info.engine}) in {info.load_seconds:.1f} s; context {info.max_context} tokens"
         )
+        concurrency = useful_concurrency(settings, info)
+        metrics = Metrics(engine, concurrency)
+        if settings.metrics_port is not None:
+            port, stop = metrics.serve(settings.metrics_host, settings.metrics_port)
+            stack.callback(stop)
+            console.print(f"metrics on http://{settings.metrics_host}:{port}/metrics")
         worker_id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         store = open_store(settings)
         stack.callback(store.close)
@@ -72,11 +92,12 @@ def run(settings: Settings) -> int:
                 engine=info.engine,
                 device=info.device,
                 dtype=info.dtype,
-                concurrency=settings.concurrency,
+                concurrency=concurrency,
                 in_flight=in_flight,
             )
 
         runs = Runs(settings, database, courier.redis, describe)
+        metrics.watch(runs)
         stack.callback(runs.close)
         executor = Executor(
             settings,
@@ -90,11 +111,35 @@ def run(settings: Settings) -> int:
         )
         stack.callback(executor.close)
         runs.start()
-        console.print(f"worker {worker_id} takes up to {settings.concurrency} jobs at a time")
-        return serve(app, settings, executor, runs)
+        console.print(f"worker {worker_id} takes up to {concurrency} jobs at a time")
+        return serve(app, settings, concurrency, executor, runs)
 
 
-def serve(app: Celery, settings: Settings, executor: Executor, runs: Runs) -> int:
+def useful_concurrency(settings: Settings, info: EngineInfo) -> int:
+    """How many jobs the worker holds: more than its engine can hold would only keep other workers
+    from them, and the pictures of all must have room in shared memory."""
+    if settings.concurrency > info.capacity:
+        log.warning(
+            "VISQ_CONCURRENCY is more than the engine can hold, and is cut",
+            asked=settings.concurrency,
+            concurrency=info.capacity,
+        )
+    if settings.concurrency:
+        return min(settings.concurrency, info.capacity)
+    if not SHARED_MEMORY.is_dir():
+        return info.capacity
+    room = max(1, shutil.disk_usage(SHARED_MEMORY).total // PICTURES_OF_A_JOB)
+    if room < info.capacity:
+        log.warning(
+            "shared memory has no room for the pictures of all jobs that the engine can hold; "
+            "give the worker a larger /dev/shm, or set VISQ_CONCURRENCY if its pictures are small",
+            capacity=info.capacity,
+            concurrency=room,
+        )
+    return min(room, info.capacity)
+
+
+def serve(app: Celery, settings: Settings, concurrency: int, executor: Executor, runs: Runs) -> int:
     """Take messages until a signal; then finish the running jobs, or hand them back."""
 
     @app.task(name=RUN_TASK)
@@ -114,7 +159,7 @@ def serve(app: Celery, settings: Settings, executor: Executor, runs: Runs) -> in
     signals.worker_shutting_down.connect(on_shutdown, weak=False)
     worker = app.Worker(
         pool="threads",
-        concurrency=settings.concurrency,
+        concurrency=concurrency,
         loglevel=settings.log_level,
         without_gossip=True,
         without_mingle=True,

@@ -21,6 +21,7 @@ from models.outcomes import Claim
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.streams import CANCEL_CHANNEL, WorkerInfo, announce_worker, withdraw_worker
+from visq.types import JobStatus
 from worker.engine.face import Handle
 
 log = structlog.get_logger(__name__)
@@ -37,6 +38,8 @@ class Run:
         self._handle: Handle | None = None
         self._stop_reason: StopReason | None = None
         self._began = time.monotonic()
+        self.outcome: JobStatus | None = None
+        """The job's state after the run; ``None`` while it runs, and if the lease was lost."""
 
     @property
     def stop_reason(self) -> StopReason | None:
@@ -83,6 +86,8 @@ class Runs:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._shutting_down = False
+        self.on_end: Callable[[Run], None] | None = None
+        """Told of each run that has ended."""
         self._threads = [
             threading.Thread(target=self._beat, name="heartbeat", daemon=True),
             threading.Thread(target=self._listen, name="cancel", daemon=True),
@@ -92,6 +97,11 @@ class Runs:
     def shutting_down(self) -> bool:
         """Whether runs hand their jobs back."""
         return self._shutting_down
+
+    @property
+    def in_flight(self) -> int:
+        """Runs that have not ended."""
+        return len(self._runs)
 
     def start(self) -> None:
         for thread in self._threads:
@@ -111,6 +121,8 @@ class Runs:
             with self._lock:
                 if self._runs.get(claim.job_id) is run:
                     del self._runs[claim.job_id]
+            if self.on_end is not None:
+                self.on_end(run)
 
     def hand_back_all(self) -> None:
         """The worker's grace is over: every run, and every later one, hands its job back."""
@@ -158,7 +170,7 @@ class Runs:
             run.stop("lost")
 
     def _announce(self) -> None:
-        info = self._describe(len(self._runs))
+        info = self._describe(self.in_flight)
         ttl = max(1, round(3 * self._settings.heartbeat_seconds))
         try:
             announce_worker(self._redis, info, ttl_seconds=ttl)

@@ -80,7 +80,10 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue=queue_name(Lane.STANDARD),
         task_create_missing_queues=False,
         task_acks_late=True,
-        worker_prefetch_multiplier=1,  # with late acknowledgement: in flight = concurrency
+        # With late acknowledgement: as many messages as jobs that run. On RabbitMQ that is so for
+        # each lane, since quorum queues limit each consumer, not the channel: up to twice as many
+        # more wait in the worker, until they are published again and others take the jobs.
+        worker_prefetch_multiplier=1,
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
         result_backend=None,
