@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from models.outbox import OutboxEntry
@@ -21,13 +22,28 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class ShownPicture:
+    """What a worker found when it showed a picture: with it, the next turn need not read the
+    picture again. Never from a client."""
+
+    height: int
+    width: int
+    """Of the decoded picture, in pixels."""
+    etag: str
+    """Of the object, when its bytes were fetched."""
+
+
+@dataclass(frozen=True)
 class Remembered:
     """A message of a session's history."""
 
     message: types.Message
     token_ids: list[int] | None = None
-    """Of an answer, if they are known: the exact tokens that `token_model` generated."""
-    token_model: str | None = None
+    """Of an answer, if they are known: the exact tokens that were generated."""
+    tokenizer: str | None = None
+    """Whose numbers `token_ids` are: `EngineInfo.tokenizer`."""
+    pictures: list[ShownPicture | None] = field(default_factory=list)
+    """One for each image part; ``None`` if nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +68,12 @@ class Succeeded:
     messages: list[types.Message]
     """The turn for the session's history: its request, with image hashes, and the answer."""
     answer_ids: list[int] | None = None
-    """The exact tokens of that answer, the last of `messages`, as the result's model generated
-    them; ``None``: the history goes on from its text."""
+    """The exact tokens of that answer, the last of `messages`; ``None``: the history goes on from
+    its text."""
+    tokenizer: str | None = None
+    """Whose numbers `answer_ids` are."""
+    pictures: Mapping[str, ShownPicture] = field(default_factory=dict)
+    """By URL: what is known of the pictures in `messages`."""
 
 
 @dataclass(frozen=True)

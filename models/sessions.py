@@ -6,11 +6,15 @@ a job of the session, so that no wake-up of a waiting turn is lost and no deadlo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
 from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from models.database import db_now
-from models.outcomes import Remembered, Succeeded
+from models.outcomes import Remembered, ShownPicture, Succeeded
 from models.tables import ChatSession, Job, Message
 from visq import types
 from visq.errors import InvalidRequest, NotFound
@@ -77,12 +81,9 @@ def history(session: Session, session_id: str, before_turn: int) -> list[Remembe
         .order_by(Message.turn, Message.position)
     )
     return [
-        Remembered(
-            types.Message.model_validate({"role": row.role, "content": row.content}),
-            row.token_ids,
-            row.token_model,
-        )
+        Remembered(message, row.token_ids, row.tokenizer, _pictures(row, message))
         for row in rows
+        for message in [types.Message.model_validate({"role": row.role, "content": row.content})]
     ]
 
 
@@ -105,7 +106,8 @@ def append(session: Session, conversation: ChatSession, job: Job, end: Succeeded
                 role=message.role,
                 content=content,
                 token_ids=token_ids,
-                token_model=None if token_ids is None else end.result.model,
+                tokenizer=None if token_ids is None else end.tokenizer,
+                pictures=_as_json(message, end.pictures),
                 job_id=job.id,
             )
         )
@@ -144,7 +146,8 @@ def fork(session: Session, session_id: str, at_turn: int | None) -> ChatSession:
                 role=row.role,
                 content=row.content,
                 token_ids=row.token_ids,
-                token_model=row.token_model,
+                tokenizer=row.tokenizer,
+                pictures=row.pictures,
                 job_id=row.job_id,
             )
         )
@@ -161,3 +164,22 @@ def forget(session: Session, row: ChatSession) -> None:
         execution_options={"synchronize_session": False},
     )
     session.flush()
+
+
+def _pictures(row: Message, message: types.Message) -> list[ShownPicture | None]:
+    """What `row` keeps, one for each image part; nothing of a turn from before it was kept."""
+    kept = row.pictures or [None] * len(_images(message))
+    return [None if fields is None else ShownPicture(**fields) for fields in kept]
+
+
+def _as_json(
+    message: types.Message, pictures: Mapping[str, ShownPicture]
+) -> list[dict[str, Any] | None] | None:
+    found = [pictures.get(part.image_url.url) for part in _images(message)]
+    if not any(found):
+        return None
+    return [None if picture is None else asdict(picture) for picture in found]
+
+
+def _images(message: types.Message) -> list[types.ImagePart]:
+    return [part for part in message.parts() if isinstance(part, types.ImagePart)]

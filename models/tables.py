@@ -27,6 +27,7 @@ from visq.ids import ID_LENGTH
 from visq.types import BatchStatus, JobKind, JobStatus, Lane
 
 JsonColumn: Final = JSON().with_variant(JSONB(), "postgresql")
+NullableJson: Final = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 Id: Final = String(ID_LENGTH)
 # SQLite numbers rows by itself only in a column of the type INTEGER.
 RowNumber: Final = BigInteger().with_variant(Integer(), "sqlite")
@@ -108,8 +109,10 @@ class Message(TenantOwned, Base):
     content: Mapped[list[dict[str, Any]]] = mapped_column()
     """Parts as in `visq.types`; image parts carry the SHA-256 of the bytes that were shown."""
     token_ids: Mapped[list[int] | None] = mapped_column(PackedInts)
-    """Of an answer: the exact tokens that `token_model` generated, for that model only."""
-    token_model: Mapped[str | None] = mapped_column(Text)
+    """Of an answer: the exact tokens that were generated, as numbers of `tokenizer`."""
+    tokenizer: Mapped[str | None] = mapped_column(Text)
+    pictures: Mapped[list[Any] | None] = mapped_column(NullableJson)
+    """By image part: `models.outcomes.ShownPicture`, or null if nothing is known of it."""
     job_id: Mapped[str | None] = mapped_column(Id)
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 

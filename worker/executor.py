@@ -7,9 +7,9 @@ without a write.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 
 import redis
@@ -28,16 +28,17 @@ from models.outcomes import (
     Transition,
     Work,
 )
-from visq.errors import ImageChanged, Unavailable, VisqError
-from visq.pixels import PixelBuffer
+from visq.errors import Unavailable, VisqError
+from visq.exact import exact_ids
 from visq.settings import Settings
 from visq.streams import EventWriter
-from visq.types import ImagePart, Message, TextPart
+from visq.types import Message
 from worker.engine import face
 from worker.engine.face import Engine, EngineRequest, Finished, Stopped, TokenEvent
 from worker.media import Media
+from worker.pictures import Pictures, pictures_of
 from worker.queue import Courier, Maintenance
-from worker.results import exact_ids, result_of, storable
+from worker.results import result_of, storable
 from worker.runs import Run, Runs
 
 log = structlog.get_logger(__name__)
@@ -85,6 +86,7 @@ class Executor:
         with self._runs.holding(work.claim) as run:
             outcome = self._attempt(work, run)
             transition = None if outcome is None else self._finish(run, outcome)
+            run.outcome = None if transition is None else transition.job.status
         if transition is None:
             log.warning("run lost its job; its result is thrown away", job=job_id)
             return
@@ -121,11 +123,11 @@ class Executor:
         """How the attempt ends; ``None`` if the claim was lost on the way."""
         stream = _TokenStream(self._courier.events, run.claim)
         try:
-            with self._images(work, run) as (turn, images):
-                if run.stop_reason is not None:
+            with self._pictures(work, run) as pictures:
+                if pictures is None or run.stop_reason is not None:
                     return _stopped(run, "cancelled")
                 stream.begin()
-                answer = self._ask(work, run, turn, images, stream)
+                answer = self._ask(work, run, pictures, stream)
         except VisqError as refusal:
             return self._failed(refusal)
         except Exception:
@@ -133,69 +135,43 @@ class Executor:
             return self._failed(VisqError("visq failed at this job; the worker's log says why"))
         match answer:
             case Finished():
-                result = result_of(answer, len(images), self._engine.info.model)
+                info = self._engine.info
+                result = result_of(answer, len(pictures.images), info.model)
                 reply = Message(role="assistant", content=result.text)
-                ids = exact_ids(answer.choices[0], work.prompt.gen_config)
-                return Succeeded(result, [*turn, reply], ids)
+                ids = exact_ids(answer.token_ids, answer.finish_reason, work.prompt.gen_config)
+                return Succeeded(
+                    result,
+                    [*pictures.turn, reply],
+                    answer_ids=ids if info.tokenizer else None,
+                    tokenizer=info.tokenizer,
+                    pictures=pictures.shown,
+                )
             case face.Failed(error):
                 return self._failed(error)
             case Stopped(reason):
                 return _stopped(run, reason)
 
-    @contextmanager
-    def _images(self, work: Work, run: Run) -> Iterator[tuple[list[Message], list[PixelBuffer]]]:
-        """The turn with the hashes of its images; and all images, those of the history first.
-
-        An image that comes several times is fetched once. The pixels live as long as the block.
-        """
-        turn = work.prompt.as_messages()
-        parts = [
-            part
-            for message in [*_messages(work), *turn]
-            for part in message.parts()
-            if isinstance(part, ImagePart)
-        ]
-        urls = list(dict.fromkeys(part.image_url.url for part in parts))
-
-        def load(url: str) -> PixelBuffer | None:
-            return None if run.stop_reason else self._media.load(url, work.tenant)
-
-        with ExitStack() as stack:
-            fetches = {url: self._fetchers.submit(load, url) for url in urls}
-            wait(fetches.values())
-            for fetch in fetches.values():
-                if fetch.exception() is None and (buffer := fetch.result()) is not None:
-                    stack.callback(buffer.release)
-            loaded = {url: fetch.result() for url, fetch in fetches.items()}
-            buffers = {url: buffer for url, buffer in loaded.items() if buffer is not None}
-            if len(buffers) < len(urls):  # stopped on the way
-                yield [], []
-                return
-            for part in parts:
-                _check_unchanged(part, buffers[part.image_url.url], work)
-            hashes = {url: buffer.sha256 for url, buffer in buffers.items()}
-            shown = [_with_hashes(message, hashes) for message in turn]
-            yield shown, [buffers[part.image_url.url] for part in parts]
+    def _pictures(self, work: Work, run: Run) -> AbstractContextManager[Pictures | None]:
+        return pictures_of(work, self._media, self._fetchers, lambda: run.stop_reason is not None)
 
     def _ask(
         self,
         work: Work,
         run: Run,
-        turn: list[Message],
-        images: list[PixelBuffer],
+        pictures: Pictures,
         stream: _TokenStream,
     ) -> face.Outcome:
         left = None if work.expires_in is None else max(work.expires_in - run.seconds(), 0.0)
         handle = self._engine.submit(
             EngineRequest(
                 id=work.claim.job_id,
-                messages=[*_messages(work), *turn],
-                images=images,
+                messages=[*(remembered.message for remembered in work.history), *pictures.turn],
+                images=pictures.images,
                 gen_config=work.prompt.gen_config,
                 do_preprocess=work.prompt.do_preprocess,
                 adapter_name=work.prompt.adapter_name,
                 cache_salt=work.tenant,
-                answer_ids=_answer_ids(work, self._engine.info.model),
+                answer_ids=_answer_ids(work, self._engine.info.tokenizer),
                 lane=work.lane,
                 deadline_seconds=left,
             )
@@ -276,17 +252,13 @@ class _TokenStream:
 UNSTORABLE = Failed(VisqError("the end of this job cannot be stored; the worker's log says why"))
 
 
-def _messages(work: Work) -> list[Message]:
-    return [remembered.message for remembered in work.history]
-
-
-def _answer_ids(work: Work, model: str) -> dict[int, list[int]]:
-    """The exact tokens of the history's answers, by their place in it, that `model` generated: to
-    another model the same numbers mean other words."""
+def _answer_ids(work: Work, tokenizer: str) -> dict[int, list[int]]:
+    """The exact tokens of the history's answers, by their place in it, as numbers of `tokenizer`:
+    to another one the same numbers mean other words."""
     return {
         index: remembered.token_ids
         for index, remembered in enumerate(work.history)
-        if remembered.token_ids is not None and remembered.token_model == model
+        if remembered.token_ids is not None and remembered.tokenizer == tokenizer
     }
 
 
@@ -298,23 +270,3 @@ def _stopped(run: Run, reason: str) -> Outcome | None:
             return HandedBack("the worker shut down")
         case _:
             return Expired() if reason == "expired" else Cancelled()
-
-
-def _check_unchanged(part: ImagePart, buffer: PixelBuffer, work: Work) -> None:
-    if part.sha256 in (None, buffer.sha256) or work.accept_changed_images:
-        return
-    raise ImageChanged(
-        f"{part.image_url.url} has other content than when it was shown; submit with "
-        '`on_image_change: "accept"` to go on with the new content',
-        param=part.image_url.url[:256],
-    )
-
-
-def _with_hashes(message: Message, hashes: dict[str, str]) -> Message:
-    content: list[TextPart | ImagePart] = [
-        part.model_copy(update={"sha256": hashes[part.image_url.url]})
-        if isinstance(part, ImagePart)
-        else part
-        for part in message.parts()
-    ]
-    return Message(role=message.role, content=content)

@@ -1,11 +1,11 @@
-"""What becomes of an engine's answer: the job's result, and the tokens that its session keeps."""
+"""What becomes of an engine's answer: the job's result."""
 
 from __future__ import annotations
 
 import math
 from typing import Final
 
-from visq.types import Choice, GenerationConfig, JobResult, Usage
+from visq.types import Choice, JobResult, Usage
 from worker.engine import face
 from worker.engine.face import Finished, Logprobs
 
@@ -29,20 +29,6 @@ def result_of(answer: Finished, images: int, model: str) -> JobResult:
         choices=choices if len(choices) > 1 else None,
         ppl=ppl if ppl is not None and math.isfinite(ppl) else None,
     )
-
-
-def exact_ids(choice: face.Choice, config: GenerationConfig) -> list[int] | None:
-    """The tokens that may stand for the answer's text in the next turns, or ``None``.
-
-    They say what the text says, and more exactly: characters that storage or decoding cannot keep
-    are whole in them. But where the text ends at a stop word, the tokens run on to the end of it,
-    and with ``include_stop_str_in_output`` they may end with the end token that the chat template
-    writes as well. Such answers are remembered by their text.
-    """
-    runs_on = config.stop_words or config.include_stop_str_in_output
-    if choice.finish_reason == "stop" and runs_on:
-        return None
-    return choice.token_ids or None
 
 
 def storable(text: str) -> str:

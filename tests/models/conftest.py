@@ -89,7 +89,7 @@ def answered(work: Work, text: str, token_ids: list[int] | None = None) -> Succe
         text=text, finish_reason="stop", usage=Usage(completion_tokens=2), model="small"
     )
     answer = Message(role="assistant", content=text)
-    return Succeeded(result, [*work.prompt.as_messages(), answer], token_ids)
+    return Succeeded(result, [*work.prompt.as_messages(), answer], token_ids, "tokenizer-1")
 
 
 TRANSIENT = Failed(EngineCrashed("the engine died"), backoff_seconds=0.0)

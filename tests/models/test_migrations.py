@@ -13,13 +13,14 @@ from visq.errors import ConfigurationError
 from visq.types import TextPart
 
 NOW = "'2026-01-05 09:30:00'"
+PICTURE = '{"type": "image_url", "image_url": {"url": "s3://photos/a.png"}}'
 A_TURN_OF_0001 = (
     f"INSERT INTO tenants (id, name, created_at) VALUES ('ten_1', 'acme', {NOW})",
     "INSERT INTO sessions (id, tenant_id, turns, metadata, created_at, updated_at) "
     f"VALUES ('ses_1', 'ten_1', 1, '{{}}', {NOW}, {NOW})",
     "INSERT INTO messages (tenant_id, session_id, turn, position, role, content, created_at) "
-    "VALUES ('ten_1', 'ses_1', 1, 1, 'assistant', "
-    f'\'[{{"type": "text", "text": "a cat"}}]\', {NOW})',
+    "VALUES ('ten_1', 'ses_1', 1, 0, 'user', "
+    f'\'[{PICTURE}, {{"type": "text", "text": "a cat"}}]\', {NOW})',
 )
 
 
@@ -42,16 +43,17 @@ def test_a_history_from_before_exact_tokens_is_kept_up_and_down(database_url: st
             connection.execute(text(statement))
     migrations.upgrade(database_url)
     [remembered] = database.read(sessions.history, "ses_1", before_turn=2)
-    assert remembered.message.parts()[0] == TextPart(text="a cat")
-    assert (remembered.token_ids, remembered.token_model) == (None, None)
+    assert remembered.message.parts()[1] == TextPart(text="a cat")
+    assert (remembered.token_ids, remembered.tokenizer) == (None, None)
+    assert remembered.pictures == [None]
 
     migrations.downgrade(database_url, "0001")
     with database.engine.connect() as connection:
         columns = {column["name"] for column in inspect(connection).get_columns("messages")}
         roles = connection.execute(text("SELECT role FROM messages")).scalars().all()
     database.close()
-    assert columns.isdisjoint({"token_ids", "token_model"})
-    assert roles == ["assistant"]
+    assert columns.isdisjoint({"token_ids", "tokenizer", "pictures"})
+    assert roles == ["user"]
 
 
 def test_the_migrated_tables_are_those_of_the_models(database_url: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from models import jobs, sessions
-from models.outcomes import Work
+from models.outcomes import ShownPicture, Work
 from tests.models.conftest import PERMANENT, World, answered
 from visq.errors import InvalidRequest, NotFound, NotRetriable
 from visq.types import JobStatus as S
@@ -52,19 +53,19 @@ def test_a_turn_sees_the_history_of_the_turns_before_it(world: World) -> None:
 
 def exact(work: Work) -> list[tuple[list[int] | None, str | None]]:
     """Of each message of the history that a run sees: its exact tokens, and whose they are."""
-    return [(remembered.token_ids, remembered.token_model) for remembered in work.history]
+    return [(remembered.token_ids, remembered.tokenizer) for remembered in work.history]
 
 
 TOKENS = [0, 7, 2**31 - 1]
 
 
-def test_an_answer_is_remembered_with_its_exact_tokens_and_their_model(world: World) -> None:
+def test_an_answer_is_remembered_with_its_exact_tokens_and_their_tokenizer(world: World) -> None:
     first, second, third = opened(world, 3)
     world.succeed(first, "answer 1", TOKENS)
     world.succeed(second, "answer 2")
     assert exact(world.claimed(third)) == [
         (None, None),
-        (TOKENS, "small"),
+        (TOKENS, "tokenizer-1"),
         (None, None),
         (None, None),
     ]
@@ -77,7 +78,28 @@ def test_a_fork_remembers_the_exact_tokens_too(world: World) -> None:
     assert session_id is not None
     fork = world.database.run(sessions.fork, session_id, 1)
     other = world.submit(session_id=fork.id)
-    assert exact(world.claimed(other.id)) == [(None, None), (TOKENS, "small")]
+    assert exact(world.claimed(other.id)) == [(None, None), (TOKENS, "tokenizer-1")]
+
+
+RED = ShownPicture(height=60, width=90, etag='"1-2"')
+
+
+def pictures(work: Work) -> list[list[ShownPicture | None]]:
+    """Of each message of the history that a run sees: what is known of its pictures."""
+    return [remembered.pictures for remembered in work.history]
+
+
+def test_what_is_known_of_a_picture_is_remembered_by_its_place_also_in_a_fork(world: World) -> None:
+    shown = ["s3://photos/new.png", "s3://photos/red.png", "s3://photos/red.png"]
+    first = world.submit(prompt="which is red?", images=shown, session={})
+    work = world.claimed(first.id)
+    world.finish(work, replace(answered(work, "the first"), pictures={"s3://photos/red.png": RED}))
+    second = world.submit(session_id=first.session_id)
+    assert pictures(world.claimed(second.id)) == [[None, RED, RED], []]
+    assert first.session_id is not None
+    fork = world.database.run(sessions.fork, first.session_id, 1)
+    other = world.submit(session_id=fork.id)
+    assert pictures(world.claimed(other.id)) == [[None, RED, RED], []]
 
 
 def test_a_failed_turn_leaves_no_trace_in_the_history(world: World) -> None:

@@ -24,9 +24,17 @@ from visq.pixels import PixelBuffer
 from visq.settings import Settings
 from visq.streams import StreamEvent, WorkerInfo, events_key
 from visq.types import JobRequest, JobStatus, TextPart
-from worker.engine.face import Choice, EngineInfo, EngineRequest, Finished, Handle, TokenEvent
+from worker.engine.face import (
+    Choice,
+    EngineInfo,
+    EngineRequest,
+    Finished,
+    Handle,
+    KnownImage,
+    TokenEvent,
+)
 from worker.executor import Executor
-from worker.media import Media
+from worker.media import LoadedImage, Media
 from worker.queue import Courier, Maintenance
 from worker.runs import Runs
 
@@ -39,7 +47,9 @@ class PlayedEngine:
     alive: bool = True
     requests: list[EngineRequest] = field(default_factory=list)
     info: EngineInfo = field(
-        default_factory=lambda: EngineInfo("small", "played", "cpu", "float32", 0.0, 1000)
+        default_factory=lambda: EngineInfo(
+            "small", "played", "cpu", "float32", 0.0, 1000, tokenizer="words-1"
+        )
     )
 
     def submit(self, request: EngineRequest) -> Handle:
@@ -51,8 +61,8 @@ class PlayedEngine:
         handle.publish(outcome)
         return handle
 
-    def named(self, model: str) -> None:
-        self.info = replace(self.info, model=model)
+    def with_tokenizer(self, tokenizer: str) -> None:
+        self.info = replace(self.info, tokenizer=tokenizer)
 
     def close(self) -> None:
         self.alive = False
@@ -61,14 +71,12 @@ class PlayedEngine:
 class SlowMedia:
     """Takes a while for an image that it then has."""
 
-    def load(self, url: str, tenant: str) -> PixelBuffer:
+    def load(self, url: str, tenant: str) -> LoadedImage:
         time.sleep(0.3)
-        return cast("PixelBuffer", self)
+        return LoadedImage(PixelBuffer("/visq-none", 60, 90, "0" * 64), '"1"')
 
-    sha256 = "0" * 64
-
-    def release(self) -> None:
-        pass
+    def load_if_changed(self, url: str, tenant: str, etag: str) -> LoadedImage | None:
+        return None if etag == '"1"' else self.load(url, tenant)
 
 
 @dataclass
@@ -205,17 +213,40 @@ def test_the_next_turn_goes_on_from_the_exact_tokens_of_the_answers(world: World
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
 
 
-def test_another_model_gets_the_text_of_an_answer_and_not_its_tokens(world: World) -> None:
+def test_another_tokenizer_gets_the_text_of_an_answer_and_not_its_tokens(world: World) -> None:
     first = world.run(session={})
-    world.engine.named("large")
+    world.engine.with_tokenizer("words-2")
     world.run(session_id=first.session_id)
     world.run(session_id=first.session_id)
-    world.engine.named("small")
+    world.engine.with_tokenizer("words-1")
     world.run(session_id=first.session_id)
     [_, second, third, fourth] = world.engine.requests
     assert second.answer_ids == {}
     assert list(third.answer_ids) == [3]
     assert list(fourth.answer_ids) == [1]
+
+
+def test_an_engine_without_a_known_tokenizer_gets_the_text_of_its_own_answers(
+    world: World,
+) -> None:
+    world.engine.with_tokenizer("")
+    first = world.run(session={})
+    world.run(session_id=first.session_id)
+    assert world.engine.requests[-1].answer_ids == {}
+
+
+def test_the_next_turn_names_a_picture_of_the_history_that_need_not_be_read_again(
+    world: World,
+) -> None:
+    first = world.run(images=["s3://a-bucket/cat.png"], session={})
+    second = world.run(session_id=first.session_id)
+    [_, request] = world.engine.requests
+    [image] = request.images
+    assert isinstance(image, KnownImage)
+    assert (image.sha256, image.height, image.width) == ("0" * 64, 60, 90)
+    result = job_view(second).result
+    assert result is not None
+    assert result.usage.images == 1
 
 
 def test_an_answer_that_a_stop_word_ended_is_remembered_by_its_text(world: World) -> None:

@@ -1,16 +1,14 @@
-"""From an engine's answer to a job's result, and to what its session keeps of it."""
+"""From an engine's answer to a job's result."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pytest
 
-from visq.types import GenerationConfig
 from worker.engine.face import Choice, Finished
-from worker.results import exact_ids, result_of
+from worker.results import result_of
 
 
 def test_a_plain_result_has_no_choices_logprobs_tokens_or_perplexity() -> None:
@@ -36,26 +34,3 @@ def test_each_choice_has_its_own_logprobs() -> None:
 def test_a_perplexity_that_is_no_number_is_left_out(value: float) -> None:
     result = result_of(Finished((Choice("a cat", "stop", [5]),), 3, ppl=value), 0, "small")
     assert result.ppl is None
-
-
-@pytest.mark.parametrize(
-    ("config", "finish_reason", "kept"),
-    [
-        ({}, "stop", True),
-        ({}, "length", True),
-        ({"stop_words": ["."]}, "stop", False),
-        ({"stop_words": ["."]}, "length", True),
-        ({"include_stop_str_in_output": True}, "stop", False),
-        ({"include_stop_str_in_output": True}, "length", True),
-        ({"stop_token_ids": [9]}, "stop", True),
-    ],
-)
-def test_tokens_that_may_run_on_beyond_the_text_are_not_kept(
-    config: dict[str, Any], finish_reason: Any, kept: bool
-) -> None:
-    choice = Choice("a cat", finish_reason, [5, 6])
-    assert exact_ids(choice, GenerationConfig(**config)) == ([5, 6] if kept else None)
-
-
-def test_an_empty_answer_is_remembered_by_its_text() -> None:
-    assert exact_ids(Choice("", "stop", []), GenerationConfig()) is None

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from visq.errors import ConfigurationError, EngineError, JobCancelled
+from visq.exact import exact_ids
 from visq.pipeline.base import Asked, BasePipeline
 from visq.pipeline.collecting import Collector, whole
 from visq.pipeline.configs import (
@@ -168,10 +169,16 @@ class Pipeline(BasePipeline):
                     pieces = collector.pieces(0, event)
                     if not isinstance(event, TokenEvent):
                         response = collector.whole(0, event)
-                        end = turn.succeeded if isinstance(event, Finished) else turn.failed
-                        end(response)
+                        if isinstance(event, Finished):
+                            turn.succeeded(response, self._exact_ids(response, asked))
+                        else:
+                            turn.failed(response)
                     if stream:
                         yield from pieces
+
+    def _exact_ids(self, response: Response, asked: Asked) -> list[int] | None:
+        config = with_stop_words(asked.gen_config, self._stop_words)
+        return exact_ids(response.token_ids, response.finish_reason, config)
 
     def _fly(self, items: Sequence[Prepare]) -> Flight:
         # One more than it holds: the engine need not wait while the next one is prepared.

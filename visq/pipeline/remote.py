@@ -13,7 +13,7 @@ import threading
 from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Literal
@@ -33,7 +33,7 @@ from visq.pipeline.generation import GenerationConfig
 from visq.pipeline.prompts import Conversation, conversation, with_urls
 from visq.pipeline.response import Response
 from visq.pipeline.session import RequestConflict, Session
-from visq.types import JobView, Json, TextPart
+from visq.types import Choice, JobResult, JobView, Json, TextPart
 from visq.vl.reading import ReadingRules, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class RemotePipeline(BasePipeline):
         return Session("", self._delete)
 
     def get_ppl(self, input_ids: list[int] | list[list[int]]) -> list[float]:
-        """:raises UnsupportedParameter: always: a job's result has no such number."""
+        """:raises UnsupportedParameter: always: a job's prompt is text, not tokens."""
         raise UnsupportedParameter("`get_ppl` needs the model in this program: `visq.pipeline`")
 
     def close(self) -> None:
@@ -292,9 +292,7 @@ class _Update:
         """:param shown: its text was given out in pieces."""
         if not shown:
             return cls(whole, whole)
-        last = Response("", whole.generate_token_len, whole.input_token_len, whole.finish_reason)
-        last.index = whole.index
-        return cls(last, whole)
+        return cls(replace(whole, text=""), whole)
 
 
 class _Jobs:
@@ -334,19 +332,16 @@ class _Jobs:
 
 
 def _check(config: GenerationConfig) -> None:
-    """:raises UnsupportedParameter: naming what cannot go through a queue or come back."""
+    """:raises UnsupportedParameter: naming what cannot go through a queue, or not come back."""
     asked = {
         "logits_processors": bool(config.logits_processors),
-        "n": config.n > 1,
-        "logprobs": config.logprobs is not None,
         "output_logits": config.output_logits is not None,
-        "return_ppl": config.return_ppl,
     }
     for name, wanted in asked.items():
         if wanted:
             raise UnsupportedParameter(
-                f"`{name}` needs the model in this program (`visq.pipeline`): a job's result "
-                "carries one answer's text",
+                f"`{name}` needs the model in this program (`visq.pipeline`): functions and "
+                "logits do not go through a queue",
                 param=f"gen_config.{name}",
             )
 
@@ -359,12 +354,30 @@ def _raw(said: Conversation) -> str:
 def _response(view: JobView, index: int) -> Response:
     """:raises VisqError: why there is no answer."""
     result = result_of(view)
+    found = [
+        _of_choice(result, choice, index, number)
+        for number, choice in enumerate(result.choices or [result])
+    ]
+    first = found[0]
+    if result.token_ids is None:  # then the result says only how many all choices have
+        first.generate_token_len = result.usage.completion_tokens
+    first.choices = found if len(found) > 1 else []
+    return first
+
+
+def _of_choice(result: JobResult, choice: Choice, index: int, number: int) -> Response:
+    token_ids = choice.token_ids or []
     return Response(
-        text=result.text,
-        generate_token_len=result.usage.completion_tokens,
+        text=choice.text,
+        generate_token_len=len(token_ids),
         input_token_len=result.usage.prompt_tokens,
-        finish_reason=result.finish_reason,
+        finish_reason=choice.finish_reason,
+        token_ids=token_ids,
+        logprobs=choice.logprobs,
         index=index,
+        cached_tokens=result.usage.cached_tokens,
+        choice=number,
+        ppl=result.ppl,
     )
 
 

@@ -27,13 +27,17 @@ class Turn:
         self._session = session
         self.abort: Callable[[], None] = lambda: None
 
-    def succeeded(self, response: Response) -> None:
-        """Append it to the history, unless the session was reset meanwhile."""
+    def succeeded(self, response: Response, token_ids: list[int] | None = None) -> None:
+        """Append it to the history, unless the session was reset meanwhile.
+
+        :param token_ids: exact tokens that may stand for its text (`visq.exact`).
+        """
         session = self._session
         if session._turn is self:
             session.response = response
             session.history.append((session.prompt, response.text))
-            session.token_ids[len(session.history) - 1] = (response.text, response.token_ids)
+            if token_ids is not None:
+                session.token_ids[len(session.history) - 1] = (response.text, token_ids)
 
     def failed(self, response: Response) -> None:
         """Show it; the history stays as it was."""
@@ -58,8 +62,8 @@ class Session:
         self.gen_config: GenConfig | None = None
         """For turns that give none."""
         self.token_ids: dict[int, tuple[str, list[int]]] = {}
-        """Index in `history` -> an answer's text and its exact tokens; used in place of the text
-        as long as that stays the same."""
+        """Index in `history` -> an answer's text and its exact tokens, if they may stand for it;
+        used as long as the text stays the same. Empty for sessions of a server."""
         self.pictures: dict[str, Any] = {}
         """What the references in prompts led to when they were first shown."""
         self._turn: Turn | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 
+from transformers import PreTrainedTokenizerFast
+
 from visq.errors import ContextLengthExceeded
 from visq.types import GenerationConfig
 from worker.engine.answer import Answer
@@ -58,6 +60,11 @@ class Answering:
 
     def _decoder(self, config: GenerationConfig) -> Callable[[list[int]], str]:
         tokenizer = self._loaded.tokenizer
+        plain = getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode
+        if plain and not tokenizer.clean_up_tokenization_spaces:
+            # The same without transformers' wrapper, which costs more than the decoding.
+            core, skip = tokenizer.backend_tokenizer, config.skip_special_tokens
+            return lambda ids: str(core.decode(ids, skip_special_tokens=skip))
 
         def decode(ids: list[int]) -> str:
             return str(

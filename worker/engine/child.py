@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -16,13 +17,27 @@ import threading
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from visq import logs
 from visq.errors import ConfigurationError
 from worker.engine.config import EngineConfig
 from worker.engine.face import Event, Handle, TokenEvent
-from worker.engine.wire import Cancel, Happened, LoadFailed, Ready, Submit, ToEngine
+from worker.engine.lending import Borrower
+from worker.engine.wire import (
+    ALIVE_SECONDS,
+    Alive,
+    Cancel,
+    Happened,
+    LoadFailed,
+    Pixels,
+    Ready,
+    Submit,
+    ToEngine,
+)
+
+if TYPE_CHECKING:
+    from worker.engine.opening import LocalEngine
 
 PR_SET_PDEATHSIG: Final = 1
 
@@ -47,6 +62,9 @@ class _Server:
         self._connection = connection
         self._outbox: SimpleQueue[object] = SimpleQueue()
         self._handles: dict[int, Handle] = {}
+        self._borrower = Borrower(self._outbox.put)
+        self._report_waits = False
+        self._relayed = 0
 
     def serve(self, config: EngineConfig) -> NoReturn:
         from worker.engine.opening import open_engine
@@ -56,12 +74,18 @@ class _Server:
         except ConfigurationError as error:
             self._send(LoadFailed(error.message))
             os._exit(1)
+        # What was loaded stays: looking at it again in every collection costs a step of the model
+        # some milliseconds.
+        gc.collect()
+        gc.freeze()
         threading.Thread(target=_leave_after, args=(engine.ended,), daemon=True).start()
         self._send(Ready(engine.info))
         threading.Thread(target=self._send_outbox, daemon=True).start()
+        threading.Thread(target=self._report, args=(engine,), daemon=True).start()
         while True:
             match self._receive():
                 case Submit(number, request):
+                    request = self._borrower.attach(number, request)
                     handle = engine.submit(request, partial(self._relay, number))
                     self._handles[number] = handle
                     if handle.ended:  # perhaps before the line above
@@ -69,6 +93,8 @@ class _Server:
                 case Cancel(number):
                     if (running := self._handles.get(number)) is not None:
                         running.cancel()
+                case Pixels() as answer:
+                    self._borrower.answered(answer)
 
     def _receive(self) -> ToEngine:
         try:
@@ -77,15 +103,33 @@ class _Server:
             os._exit(0)  # the owner is gone
 
     def _relay(self, number: int, event: Event) -> None:
+        self._relayed += 1
         self._outbox.put(Happened(number, event))
         if not isinstance(event, TokenEvent):
             self._handles.pop(number, None)
+            self._borrower.ended(number)
+
+    def _report(self, engine: LocalEngine) -> None:
+        from worker.engine.native import NativeEngine
+
+        while not engine.ended.wait(ALIVE_SECONDS):
+            if self._report_waits:
+                continue  # behind a full pipe they would pile up
+            self._report_waits = True
+            if isinstance(engine, NativeEngine):
+                self._outbox.put(Alive(engine.progress, engine.stats()))
+            else:  # it counts nothing; its requests are all in one thread
+                self._relayed += self._borrower.waits  # then it is not the engine that is slow
+                self._outbox.put(Alive(self._relayed, None))
 
     def _send_outbox(self) -> None:
         """In a thread of its own, so that a full pipe stops neither the model nor `_receive`: with
         both ends waiting to send, nobody would read."""
         while True:
-            self._send(self._outbox.get())
+            message = self._outbox.get()
+            self._send(message)
+            if isinstance(message, Alive):
+                self._report_waits = False
 
     def _send(self, message: object) -> None:
         try:

@@ -56,6 +56,8 @@ class EngineConfig:
     adapter_bytes: int = 0
     """Memory of loaded adapters; 0: 256 MiB on the CPU, 1 GiB on CUDA. Those of running requests
     may exceed it."""
+    hang_seconds: float = 120.0
+    """An engine process that makes no step for this long while it has requests is killed."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> EngineConfig:
@@ -65,6 +67,17 @@ class EngineConfig:
             dtype=settings.dtype,
             threads=settings.engine_threads,
             log_level=settings.log_level,
+            engine=settings.engine,
+            session_len=settings.session_len,
+            max_batch_size=settings.max_batch_size,
+            max_step_tokens=settings.max_step_tokens,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            vision_cache_bytes=settings.vision_cache_bytes,
+            prefix_caching=settings.prefix_caching,
+            adapters=settings.adapter_folders,
+            preload_adapters=True,  # a wrong folder is better known now than by the first job
+            hang_seconds=settings.engine_hang_seconds,
         )
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from visq.errors import VisqError
 from visq.pixels import PixelBuffer
 from visq.types import GenerationConfig, Lane, Message
+from worker.engine.stats import EngineStats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,14 +57,17 @@ class EngineRequest:
     """``False``: the text parts are the raw prompt, image placeholders and special tokens in it
     are meant; no chat template is applied."""
     adapter_name: str | None = None
+    prompt_ids: list[int] | None = None
+    """The whole prompt as tokens, in place of `messages` (empty then) and without images."""
     cache_salt: str = ""
     """Only requests with the same salt share cached blocks and pictures: the tenant's name."""
     answer_ids: Mapping[int, list[int]] = field(default_factory=dict)
     """For assistant messages (by their index in `messages`): the exact tokens that this model
     generated then, used in place of the tokens of the text. Only from a trusted store."""
     logits_processors: tuple[Callable[..., Any], ...] = ()
-    """LMDeploy's: ``(generated token ids (T,), logits (vocabulary,)) -> logits``, as tensors,
-    called before each token. For engines in the caller's own process only."""
+    """LMDeploy's: ``(token ids (T,), logits (vocabulary,)) -> logits``, as tensors, called before
+    each token; the ids are the prompt's and the generated ones. For engines in the caller's own
+    process only."""
     lane: Lane = Lane.INTERACTIVE
     deadline_seconds: float | None = None
     """Seconds from the submit after which the request ends as ``Stopped("expired")``."""
@@ -208,6 +212,9 @@ class EngineInfo:
     """Most tokens of prompt and answer together."""
     capacity: int = 1
     """Requests that it can usefully hold at a time; more of them would only wait inside it."""
+    tokenizer: str = ""
+    """Names the vocabulary: engines that say the same mean the same by a token's number. Empty:
+    unknown, so that tokens mean nothing to another engine."""
 
 
 class Engine(Protocol):
@@ -223,6 +230,9 @@ class Engine(Protocol):
 
     def submit(self, request: EngineRequest) -> Handle:
         """Take a request; never raises for its content: that ends as a `Failed` event."""
+
+    def stats(self) -> EngineStats | None:
+        """What it holds and has done; ``None`` if it does not count, or is down."""
 
     def close(self) -> None:
         """End quickly; open requests end as `Failed` with a retryable error. Repeatable."""

@@ -66,6 +66,8 @@ class GenerateEngine:
             dtype=str(loaded.dtype).removeprefix("torch."),
             load_seconds=loaded.load_seconds,
             max_context=loaded.max_context,
+            tokenizer=loaded.tokenizer_key,
+            capacity=2,  # so that the next one's pictures are fetched meanwhile
         )
 
     @property
@@ -89,6 +91,9 @@ class GenerateEngine:
         if not self._waiting.put(task):
             handle.publish(Failed(EngineCrashed("the engine has ended")))
         return handle
+
+    def stats(self) -> None:
+        """This engine counts nothing."""
 
     def close(self) -> None:
         self.ended.set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from visq.errors import EngineError, UnsupportedParameter, VisqError
+from visq.errors import (
+    EngineError,
+    ImageChanged,
+    InvalidRequest,
+    UnsupportedParameter,
+    VisqError,
+)
+from visq.pixels import PixelBuffer
 from visq.types import Lane
 from worker.engine import params
 from worker.engine.adapters import Adapter, Adapters
@@ -34,8 +42,8 @@ from worker.engine.sequence import ImageSpan, Sequence, placeholder_runs
 
 logger = logging.getLogger(__name__)
 
-SIZES: Final = 4096
-"""Sizes of pictures whose placeholders are remembered."""
+SIZES_TOKENS: Final = 1 << 20
+"""Placeholders of pictures of known sizes that are remembered, some 40 bytes each."""
 
 LOADERS: Final = 8
 """Known pictures whose pixels are loaded at a time."""
@@ -94,10 +102,15 @@ class Intake:
         self._answering = Answering(loaded, max_context)
         self._grammars = GrammarCompiler(loaded.tokenizer, loaded.vocab_size, loaded.end_ids)
         self._sizes: dict[tuple[int, int], PreparedImage] = {}
-        self._room = _Room(prepared_bytes)
+        self._sizes_tokens = 0
+        self._prepared: weakref.WeakValueDictionary[bytes, PreparedImage] = (
+            weakref.WeakValueDictionary()
+        )
+        """Pictures that wait for their encoding, for others who show the same ones."""
         self._arrivals = 0
         self._lock = threading.Lock()
         self.waiting = LaneQueue()
+        self._room = _Room(prepared_bytes, self.waiting.changed)
         self._again = ThreadPoolExecutor(LOADERS, "visq-prepare-again")
         self._threads = [
             threading.Thread(target=self._work, name=f"visq-prepare-{index}", daemon=True)
@@ -109,24 +122,32 @@ class Intake:
     def close(self) -> list[Task]:
         """End the threads; returns the requests that were waiting for them."""
         left = self.waiting.close()
-        self._room.open()
-        self._again.shutdown(cancel_futures=True)
+        # Not waited for: the loading of a picture is the caller's code, and may block.
+        self._again.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             thread.join()
         return left
 
     def prepare_again(
-        self, image: EngineImage, then: Callable[[PreparedImage | VisqError], None]
+        self,
+        image: EngineImage,
+        then: Callable[[PreparedImage | VisqError], None],
+        wanted: Callable[[], bool],
     ) -> None:
-        """Prepare a picture whose pixels are not there: the model must see it once more."""
+        """Prepare a picture whose pixels are not there: the model must see it once more.
+
+        :param wanted: looked at when its turn comes; if it is not, `then` is called with an error.
+        """
 
         def work() -> None:
             try:
-                buffer = image.load() if isinstance(image, KnownImage) else image
+                if not wanted():
+                    raise EngineError("the request has ended")
+                buffer = _load(image) if isinstance(image, KnownImage) else image
                 prepared = self._family.prepare_image(buffer.array())
             except VisqError as error:
-                then(error)
-            except Exception:
+                then(_without_frames(error))
+            except BaseException:
                 logger.exception("a picture cannot be prepared again")
                 then(EngineError("a picture cannot be prepared again; the engine's log says more"))
             else:
@@ -136,16 +157,19 @@ class Intake:
         self._again.submit(work)
 
     def _work(self) -> None:
-        while (task := self.waiting.take()) is not None:
+        while (task := self.waiting.take(self._has_room_for)) is not None:
             try:
                 self._deliver(task, self._build(task))
             except VisqError as error:
-                self._deliver(task, error)
-            except Exception:
+                self._deliver(task, _without_frames(error))
+            except BaseException:  # a panic in a library in Rust is no Exception
                 logger.exception("request %s failed", task.request.id)
                 self._deliver(
                     task, EngineError("the engine failed on this request; its log says more")
                 )
+
+    def _has_room_for(self, task: Task) -> bool:
+        return not task.request.images or not self._room.full
 
     def _build(self, task: Task) -> Running:
         """The request's adapter is held for it until its outcome."""
@@ -162,15 +186,14 @@ class Intake:
         request = task.request
         config = request.gen_config
         params.check(config, self._loaded.vocab_size, self._loaded.end_ids)
-        token_ids = self._prompts.tokens(
-            request.messages,
-            images=len(request.images),
-            do_preprocess=request.do_preprocess,
-            answer_ids=request.answer_ids,
-        )
-        if request.images:
-            self._room.wait()
-        images = [self._prepare(request, buffer) for buffer in request.images]
+        token_ids = self._token_ids(request)
+        images: list[PreparedImage] = []
+        least = len(token_ids)
+        for image in request.images:
+            images.append(self._prepare(request, image))
+            least += len(images[-1].token_ids) - 1
+            # Not first when all of them have taken their memory.
+            self._answering.room(least, config.max_new_tokens)
         placeholder = self._family.image_token_id
         spans: list[ImageSpan] = []
         if placeholder is not None:
@@ -203,6 +226,7 @@ class Intake:
             stop_ids=stop_ids,
         )
         grammar = self._grammars.compile(config.response_format)
+        bad_words = self._answering.bad_words(config)
         generations = []
         for index, sampling in enumerate(choices):
             sequence = Sequence(
@@ -222,7 +246,7 @@ class Intake:
                 sequence,
                 sampling,
                 self._answering.answer(config, index),
-                bad_words=self._answering.bad_words(config),
+                bad_words=bad_words,
                 grammar=None if grammar is None else grammar.start(stop_ids),
                 repetition=NgramRepetition(
                     config.repetition_ngram_size, config.repetition_ngram_threshold
@@ -233,6 +257,27 @@ class Intake:
             sequence.needs_feedback = generation.needs_feedback
             generations.append(generation)
         return Running(task, prompt_tokens, generations)
+
+    def _token_ids(self, request: EngineRequest) -> list[int]:
+        if request.prompt_ids is None:
+            ids = self._prompts.tokens(
+                request.messages,
+                images=len(request.images),
+                do_preprocess=request.do_preprocess,
+                answer_ids=request.answer_ids,
+            )
+        else:
+            ids = list(request.prompt_ids)
+        if not ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self._loaded.vocab_size:
+                raise InvalidRequest(
+                    f"the prompt has the token {token}, but the model has only "
+                    f"{self._loaded.vocab_size}",
+                    param="prompt",
+                )
+        return ids
 
     def _prepare(self, request: EngineRequest, image: EngineImage) -> PreparedImage:
         """The picture's tokens; and its pixels, if they are at hand and may be needed."""
@@ -250,46 +295,47 @@ class Intake:
             return known
         if known is not None and self._is_cached(_key(request, image)):
             return known
-        prepared = self._family.prepare_image(image.array())
-        self._remember(size, prepared)
-        self._room.hold(prepared)
+        key = _key(request, image)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._family.prepare_image(image.array())
+            self._remember(size, prepared)
+            self._room.hold(prepared)
+            self._prepared[key] = prepared
         return prepared
 
     def _remember(self, size: tuple[int, int], prepared: PreparedImage) -> PreparedImage:
-        if len(self._sizes) >= SIZES:
-            self._sizes.clear()
-        self._sizes[size] = known = prepared.without_pixels()
+        known = prepared.without_pixels()
+        if size not in self._sizes:
+            if self._sizes_tokens > SIZES_TOKENS:
+                self._sizes.clear()
+                self._sizes_tokens = 0
+            self._sizes[size] = known
+            self._sizes_tokens += len(known.token_ids)
         return known
 
 
 class _Room:
-    """Memory for prepared pictures: who would add some waits until the limit is not reached.
+    """Memory for prepared pictures; while it is `full`, requests with pictures stay in the queue.
 
     (It can be passed by what one request holds: waiting in the middle of a request, for what only
     itself can give back, would be for ever.)
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, changed: threading.Condition) -> None:
+        """:param changed: of an RLock, as finalizers run anywhere; notified when some is freed."""
         self._left = nbytes
-        self._changed = threading.Condition(threading.RLock())  # finalizers run anywhere
-        self._open = False
+        self._changed = changed
 
-    def wait(self) -> None:
-        with self._changed:
-            while self._left <= 0 and not self._open:
-                self._changed.wait()
+    @property
+    def full(self) -> bool:
+        return self._left <= 0
 
     def hold(self, prepared: PreparedImage) -> None:
         """Count `prepared` for as long as anybody refers to it."""
         nbytes = prepared.nbytes
         self._add(-nbytes)
         weakref.finalize(prepared, self._add, nbytes).atexit = False
-
-    def open(self) -> None:
-        """Nobody waits any more."""
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
 
     def _add(self, nbytes: int) -> None:
         with self._changed:
@@ -299,6 +345,28 @@ class _Room:
 
 def _key(request: EngineRequest, image: EngineImage) -> bytes:
     return image_key(request.cache_salt, image.sha256, image.height, image.width)
+
+
+def _load(image: KnownImage) -> PixelBuffer:
+    """
+    :raises ImageChanged: if it is not the picture that it was.
+    """
+    buffer = image.load()
+    if (buffer.sha256, buffer.height, buffer.width) != (image.sha256, image.height, image.width):
+        raise ImageChanged(
+            "an image of the history is not the one that was shown", param="messages"
+        )
+    return buffer
+
+
+def _without_frames(error: VisqError) -> VisqError:
+    """`error`, which no longer holds what was in the functions that it came through: the caller
+    may keep it for ever, and prepared pixels are among that."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+    return error
 
 
 def _without_pixels(span: ImageSpan) -> ImageSpan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from visq.types import Lane
@@ -33,34 +34,40 @@ class LaneQueue:
 
     def __init__(self) -> None:
         self._lanes: dict[Lane, deque[Task]] = {lane: deque() for lane in Lane}
-        self._changed = threading.Condition()
+        self.changed = threading.Condition(threading.RLock())  # finalizers run anywhere
         self._closed = False
 
     def __len__(self) -> int:
-        with self._changed:
+        with self.changed:
             return sum(map(len, self._lanes.values()))
 
     def put(self, task: Task) -> bool:
         """Add `task`; returns whether the queue is still open."""
-        with self._changed:
+        with self.changed:
             if not self._closed:
                 self._lanes[task.request.lane].append(task)
-                self._changed.notify()
+                self.changed.notify()
             return not self._closed
 
-    def take(self) -> Task | None:
-        """Wait for a task and remove it; ``None`` once the queue is closed."""
-        with self._changed:
+    def take(self, may: Callable[[Task], bool] = lambda task: True) -> Task | None:
+        """Wait for a task and remove it; ``None`` once the queue is closed.
+
+        :param may: says which tasks may be taken; those that may not are passed by, and stay.
+            Whoever changes its mind does so under `changed`, and notifies it.
+        """
+        with self.changed:
             while not self._closed:
                 for lane in self._lanes.values():
-                    if lane:
-                        return lane.popleft()
-                self._changed.wait()
+                    for task in lane:
+                        if may(task):
+                            lane.remove(task)
+                            return task
+                self.changed.wait()
             return None
 
     def remove(self, task: Task) -> bool:
         """Remove `task` if it still waits; returns whether it did."""
-        with self._changed:
+        with self.changed:
             lane = self._lanes[task.request.lane]
             if task in lane:
                 lane.remove(task)
@@ -69,7 +76,7 @@ class LaneQueue:
 
     def take_expired(self) -> list[Task]:
         """Remove and return the tasks whose deadline has passed."""
-        with self._changed:
+        with self.changed:
             expired = [task for lane in self._lanes.values() for task in lane if task.expired]
             for task in expired:
                 self._lanes[task.request.lane].remove(task)
@@ -77,10 +84,10 @@ class LaneQueue:
 
     def close(self) -> list[Task]:
         """Take nothing more; returns what was waiting. Repeatable."""
-        with self._changed:
+        with self.changed:
             self._closed = True
             left = [task for lane in self._lanes.values() for task in lane]
             for lane in self._lanes.values():
                 lane.clear()
-            self._changed.notify_all()
+            self.changed.notify_all()
             return left

@@ -5,8 +5,11 @@ By transformers' Auto classes, or by the loader of a format that is not transfor
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,6 +51,8 @@ class LoadedModel:
     processor: Any
     """Of a vision-language model; of a text model its tokenizer."""
     tokenizer: Any
+    tokenizer_key: str
+    """Names its vocabulary; see `vocabulary_key`."""
     takes_images: bool
     device: torch.device
     dtype: torch.dtype
@@ -81,6 +86,15 @@ def load(config: EngineConfig) -> LoadedModel:
         ) from error
 
 
+def vocabulary_key(vocabulary: Mapping[str, int]) -> str:
+    """Return a name for what the numbers of tokens mean: 32 hexadecimal digits.
+
+    :param vocabulary: token -> its number, added tokens included.
+    """
+    content = json.dumps(sorted(vocabulary.items())).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def _load(
     config: EngineConfig, device: torch.device, dtype: torch.dtype, start: float
 ) -> LoadedModel:
@@ -104,6 +118,7 @@ def _load(
         model=model,
         processor=processor,
         tokenizer=tokenizer,
+        tokenizer_key=vocabulary_key(tokenizer.get_vocab()),
         takes_images=takes_images,
         device=device,
         dtype=dtype,

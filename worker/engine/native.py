@@ -18,7 +18,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Final
@@ -26,6 +25,7 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
 
 from visq.errors import EngineCrashed, EngineError, VisqError
 from worker.engine.adapters import Adapters
@@ -58,8 +58,14 @@ from worker.engine.vision import VisionCache
 
 logger = logging.getLogger(__name__)
 
+PPL_ROWS: Final = 256
+"""Tokens of a prompt whose likelihoods are computed at a time; bounds the memory for it."""
+
 IDLE_LOOK: Final = 0.1
 """Seconds between two looks at deadlines while nothing is computed."""
+
+BUSY_LOOK: Final = 0.02
+"""Seconds at least between two looks at deadlines: thousands of requests may wait."""
 
 
 class NativeEngine:
@@ -99,8 +105,11 @@ class NativeEngine:
         self._owners: dict[Sequence, tuple[Running, Generation]] = {}
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._preparing: set[ImageSpan] = set()
+        self._next_look = 0.0
         self.ended = threading.Event()
         """Set when the engine answers no more: closed, or CUDA has died."""
+        self.progress = 0
+        """Rounds of the loop so far: an engine whose number stands still hangs."""
         self._intake = Intake(
             loaded,
             family,
@@ -126,6 +135,7 @@ class NativeEngine:
             load_seconds=loaded.load_seconds,
             max_context=self._sizes.max_context,
             capacity=2 * self._sizes.limits.max_sequences,
+            tokenizer=loaded.tokenizer_key,
         )
 
     @property
@@ -157,7 +167,7 @@ class NativeEngine:
         scheduler, pool = self._scheduler, self._pool
         return EngineStats(
             queued=len(self._intake.waiting),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(scheduler.parked),
             running=len(scheduler.running),
             preemptions=scheduler.preemptions,
             total_blocks=pool.total,
@@ -168,14 +178,14 @@ class NativeEngine:
             vision_bytes=self._vision.nbytes,
             vision_hits=self._vision.hits,
             vision_misses=self._vision.misses,
-            **asdict(self._counters),
+            **self._counters.snapshot(),
         )
 
     def _cancel(self, task: Task) -> None:
         task.cancelled = True
         if self._intake.waiting.remove(task):
             task.handle.publish(Stopped("cancelled"))
-        self._inbox.put(_nothing)  # wake up
+        self._inbox.put(partial(self._stop, task))
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -183,10 +193,14 @@ class NativeEngine:
         before: Launched | None = None
         try:
             while not self.ended.is_set():
+                self.progress += 1
                 self._take_in(wait=before is None and not self._scheduler.busy)
-                self._end_unwanted()
+                self._end_expired()
                 step = self._scheduler.plan()
                 self._prepare_again(step)
+                self._begin(step)
+                # Then everything that runs waits for pixels.
+                idle = not step.chunks and before is None
                 launched = self._launch(step) if step.chunks else None
                 if before is not None:
                     self._finish(before)
@@ -194,8 +208,7 @@ class NativeEngine:
                 if before is not None and not self._overlap:
                     self._finish(before)
                     before = None
-                if launched is None and before is None:
-                    # Everything that runs waits for pixels.
+                if idle:
                     self._take_in(wait=bool(self._scheduler.running))
         except Exception:
             logger.exception("the engine's loop has failed; the engine ends")
@@ -226,14 +239,24 @@ class NativeEngine:
         for generation in result.generations:
             self._owners[generation.sequence] = (result, generation)
         self._scheduler.add(result.first)
+        if task.cancelled:  # while it was prepared
+            self._stop(task)
+        elif task.expired:
+            self._end_request(result, Stopped("expired"))
 
-    def _end_unwanted(self) -> None:
+    def _stop(self, task: Task) -> None:
+        """It was cancelled."""
+        if (running := self._running.get(task)) is not None:
+            self._end_request(running, Stopped("cancelled"))
+
+    def _end_expired(self) -> None:
+        if (now := time.monotonic()) < self._next_look:
+            return
+        self._next_look = now + BUSY_LOOK
         for task in self._intake.waiting.take_expired():
             task.handle.publish(Stopped("expired"))
         for task, running in list(self._running.items()):
-            if task.cancelled:
-                self._end_request(running, Stopped("cancelled"))
-            elif task.expired:
+            if task.expired:
                 self._end_request(running, Stopped("expired"))
 
     def _prepare_again(self, step: Step) -> None:
@@ -243,28 +266,39 @@ class NativeEngine:
                 continue
             self._preparing.add(image)
             running, _ = self._owners[sequence]
-            buffer = running.task.request.images[image.index]
             self._intake.prepare_again(
-                buffer,
-                lambda result, r=running, i=image: self._inbox.put(
-                    partial(self._prepared, r, i, result)
-                ),
+                running.task.request.images[image.index],
+                partial(self._deliver_image, sequence, image),
+                partial(self._running.__contains__, running.task),
             )
 
+    def _deliver_image(
+        self, sequence: Sequence, image: ImageSpan, result: PreparedImage | VisqError
+    ) -> None:
+        """From the intake's threads."""
+        self._inbox.put(partial(self._prepared, sequence, image, result))
+
     def _prepared(
-        self, running: Running, image: ImageSpan, result: PreparedImage | VisqError
+        self, sequence: Sequence, image: ImageSpan, result: PreparedImage | VisqError
     ) -> None:
         self._preparing.discard(image)
+        if sequence.ended:
+            return
         if isinstance(result, VisqError):
-            self._end_request(running, Failed(result))
-        elif running.task in self._running:
+            self._end_request(self._owners[sequence][0], Failed(result))
+        else:
             image.prepared = result
+            self._scheduler.unpark(sequence)
+
+    def _begin(self, step: Step) -> None:
+        """Give their slots to those that were admitted, though their chunk may come later."""
+        for sequence in step.admitted:
+            if sequence.slot >= 0:
+                generation = self._owners[sequence][1]
+                self._sampler.begin(sequence.slot, generation.params, generation.generated_ids)
 
     def _launch(self, step: Step) -> Launched | None:
         try:
-            for sequence in step.admitted:
-                generation = self._owners[sequence][1]
-                self._sampler.begin(sequence.slot, generation.params, generation.generated_ids)
             rows = self._rows(step)
             if not step.chunks:
                 return None
@@ -303,19 +337,21 @@ class NativeEngine:
 
     def _rows(self, step: Step) -> list[SampleRow]:
         """How the step's tokens are sampled; a request that cannot say so leaves the step."""
-        rows: list[SampleRow] = []
+        rows: dict[Sequence, SampleRow] = {}
         for chunk in step.chunks:
+            if chunk.sequence.ended:
+                continue  # with another choice of its request
             running, generation = self._owners[chunk.sequence]
             try:
                 if chunk.samples:
-                    rows.append(generation.row())
+                    rows[chunk.sequence] = generation.row()
             except VisqError as error:
                 self._end_request(running, Failed(error))
             except Exception:
                 logger.exception("request %s failed", running.task.request.id)
                 self._end_request(running, Failed(_failure()))
         step.keep(lambda chunk: not chunk.sequence.ended)
-        return rows
+        return [rows[chunk.sequence] for chunk in step.chunks if chunk.samples]
 
     def _finish(self, launched: Launched) -> None:
         """Wait for a launched step and hand out its tokens."""
@@ -330,15 +366,22 @@ class NativeEngine:
         self._counters.steps += 1
         self._counters.step_tokens += launched.step.tokens
         for sequence, start, of_prompt in launched.prompt_logits:
-            if sequence in self._owners:
+            if sequence not in self._owners:
+                continue
+            try:
                 self._keep_prompt_logits(sequence, start, of_prompt)
+            except Exception:
+                running, _ = self._owners[sequence]
+                logger.exception("request %s failed", running.task.request.id)
+                self._end_request(running, Failed(_failure()))
         for row, sequence in enumerate(launched.sampling):
             if sequence.ended:
                 continue  # it has stopped: this token is one too many
             running, generation = self._owners[sequence]
             logits = None
             if generation.keep_logits and launched.logits is not None:
-                logits = launched.logits[row].cpu().numpy()
+                # (On the CPU, a mere view would keep the rows of the whole batch.)
+                logits = launched.logits[row].cpu().numpy().copy()
             try:
                 if row in failed:
                     raise failed[row]
@@ -369,11 +412,11 @@ class NativeEngine:
         self._counters.generated_tokens += 1
         if running.first_token_at is None:
             now = running.first_token_at = time.monotonic()
-            self._counters.first_tokens += 1
-            self._counters.first_token_seconds += now - running.task.submitted
+            self._counters.first_token.observe(now - running.task.submitted)
             for other in running.generations[1:]:
                 # The prompt is in the cache: there the other choices find it.
                 self._scheduler.add(other.sequence)
+        generation.sequence.wants_prompt_logits = False  # they are all there
         event = generation.take(token, logprobs, logits)
         if event is not None:
             running.task.handle.publish(event)
@@ -408,12 +451,16 @@ class NativeEngine:
         running, _ = self._owners[sequence]
         config = running.task.request.gen_config
         if config.output_logits == "all":
+            if start == 0:
+                # After a preemption the prompt comes once more, perhaps in other chunks.
+                running.prompt_logits.clear()
             running.prompt_logits[start] = logits.cpu().numpy()
         if config.return_ppl:
             targets = sequence.token_ids[start + 1 : sequence.prompt_tokens][: len(logits)]
-            likelihoods = logits[: len(targets)].log_softmax(-1)
-            for offset, target in enumerate(targets):
-                running.nll[start + offset] = -float(likelihoods[offset, target])
+            for first in range(0, len(targets), PPL_ROWS):  # each part is copied by log_softmax
+                part = torch.tensor(targets[first : first + PPL_ROWS], device=logits.device)
+                losses = cross_entropy(logits[first : first + len(part)], part, reduction="none")
+                running.nll.update(enumerate(losses.tolist(), start + first))
 
     def _end_request(self, running: Running, outcome: Outcome) -> None:
         """Publish the outcome and give everything back."""
@@ -427,8 +474,10 @@ class NativeEngine:
                 self._scheduler.remove(sequence)
         if isinstance(outcome, Finished):
             self._counters.finished += 1
-            if running.first_token_at is not None:
-                self._counters.token_seconds += time.monotonic() - running.first_token_at
+            after_first = max(len(choice.token_ids) for choice in outcome.choices) - 1
+            if running.first_token_at is not None and after_first > 0:
+                took = time.monotonic() - running.first_token_at
+                self._counters.per_token.observe(took / after_first)
         if (adapter := running.first.adapter) is not None:
             self._adapters.release(adapter)
         running.task.handle.publish(outcome)

@@ -31,21 +31,20 @@ def open_engine(config: EngineConfig) -> LocalEngine:
         family = family_of(loaded.model, loaded.processor)
     if family is not None:
         return NativeEngine(loaded, family, config)
-    if config.adapters:
-        raise ConfigurationError(
-            f"VISQ_MODEL={config.model}: adapters need the native engine, but this model is served "
-            "by the engine `generate`"
-        )
-    if config.engine == "generate":
-        return GenerateEngine(loaded)
     if config.engine == "native":
         raise ConfigurationError(
             f"VISQ_MODEL={config.model}: the native engine does not know models of type "
             f"{loaded.model.config.model_type}; use the engine `generate`"
         )
-    logger.warning(
-        "the model %s (%s) is served by the slow engine `generate`, one request after the other",
-        loaded.name,
-        loaded.model.config.model_type,
-    )
+    if config.adapters:
+        raise ConfigurationError(
+            f"VISQ_MODEL={config.model}: adapters need the native engine, but this model is served "
+            "by the engine `generate`"
+        )
+    if config.engine == "auto":
+        logger.warning(
+            "the model %s (%s) is served by the slow engine `generate`, one request after another",
+            loaded.name,
+            loaded.model.config.model_type,
+        )
     return GenerateEngine(loaded)

@@ -3,6 +3,9 @@
 If the process dies, every request in it fails with `EngineCrashed`, which is retryable, and a new
 process is started. Requests that come while it loads wait for it; if it cannot load again, they
 fail as well, and further starts are tried with growing pauses.
+
+A process that hangs is killed, and then treated like one that died: one whose loop makes no round
+for ``hang_seconds`` although it has requests, be it stopped, stuck in a kernel or in a deadlock.
 """
 
 from __future__ import annotations
@@ -23,12 +26,33 @@ from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any, Final, TypeAlias
 
-from visq.errors import ConfigurationError, EngineCrashed
+from visq.errors import ConfigurationError, EngineCrashed, Unavailable, VisqError
+from visq.pixels import PixelBuffer
 from visq.types import ImagePart, ImageUrl, Message
 from worker.engine import child
 from worker.engine.config import EngineConfig
-from worker.engine.face import EngineInfo, EngineRequest, Failed, Handle, Stopped, TokenEvent
-from worker.engine.wire import Cancel, Happened, LoadFailed, Ready, Submit, ToEngine
+from worker.engine.face import (
+    EngineInfo,
+    EngineRequest,
+    Failed,
+    Handle,
+    KnownImage,
+    Stopped,
+    TokenEvent,
+)
+from worker.engine.lending import Lender, without_loads
+from worker.engine.stats import EngineStats
+from worker.engine.wire import (
+    Alive,
+    Cancel,
+    Happened,
+    LoadFailed,
+    Pixels,
+    PixelsNeeded,
+    Ready,
+    Submit,
+    ToEngine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +60,9 @@ DOWN: Final = "the engine is down; try again later"
 
 LONGEST_PAUSE: Final = 30.0
 """Seconds between two starts of a process that does not come up."""
+
+LOOK_SECONDS: Final = 0.5
+"""Time between two looks at whether the process goes on."""
 
 DIED_LOADING: Final = (
     "the engine process died while it loaded the model; if it was killed, the machine has too "
@@ -69,12 +96,14 @@ class ProcessEngine:
         self._lock = threading.Lock()
         self._open: dict[int, _Open] = {}
         self._numbers = itertools.count()
+        self._lender = Lender()
         self._outbox: _Outbox | None = None  # of the process that runs, once its model is loaded
         self._process: BaseProcess | None = None
         self._gave_up = False
         self._closing = threading.Event()
         self._started = threading.Event()
         self._info: EngineInfo | None = None
+        self._alive: Alive | None = None  # the last one of the process that runs
         self._failure: str | None = None
         # The kernel ties a child to the thread that starts it: this one lives as long as we do.
         self._keeper = threading.Thread(target=self._keep, name="visq-engine", daemon=True)
@@ -105,6 +134,11 @@ class ProcessEngine:
         """Of the process that runs at present."""
         return None if self._process is None else self._process.pid
 
+    def stats(self) -> EngineStats | None:
+        """As the process that runs said at most some seconds ago: a new one counts from zero."""
+        alive = self._alive
+        return None if alive is None else alive.stats
+
     def submit(self, request: EngineRequest) -> Handle:
         number = next(self._numbers)
         handle = Handle(lambda: self._cancel(number))
@@ -124,6 +158,7 @@ class ProcessEngine:
             process.kill()
         if threading.current_thread() is not self._keeper:
             self._keeper.join()
+            self._lender.close()
 
     def _cancel(self, number: int) -> None:
         with self._lock:
@@ -139,7 +174,7 @@ class ProcessEngine:
         waiting = self._open[number]
         if self._outbox is None:
             return
-        request, deadline = _without_urls(waiting.request), waiting.request.deadline_seconds
+        request, deadline = _as_sent(waiting.request), waiting.request.deadline_seconds
         if deadline is not None:
             left = deadline - (time.monotonic() - waiting.submitted)
             request = replace(request, deadline_seconds=max(left, 0.0))
@@ -204,6 +239,9 @@ class ProcessEngine:
         # `cancel` when the pipe is full.
         sender = threading.Thread(target=_send_all, args=(outbox, connection, process), daemon=True)
         sender.start()
+        gone = threading.Event()
+        watchdog = threading.Thread(target=self._watch, args=(process, gone), daemon=True)
+        watchdog.start()
         with self._lock:
             self._info = info
             self._gave_up = False
@@ -211,19 +249,62 @@ class ProcessEngine:
             for number in list(self._open):
                 self._send(number)
         self._started.set()
-        while isinstance(message := self._hear(connection), Happened):
+        while isinstance(message := self._hear(connection), Happened | Alive | PixelsNeeded):
+            if isinstance(message, Alive):
+                self._alive = message
+                continue
+            if isinstance(message, PixelsNeeded):
+                self._lend(message, outbox)
+                continue
             with self._lock:
                 request = self._open.get(message.number)
                 if request is not None and not isinstance(message.event, TokenEvent):
                     del self._open[message.number]
             if request is not None:
                 request.handle.publish(message.event)
+        gone.set()
         with self._lock:
             self._outbox = None
+            self._alive = None
             self._fail_open(sent_only=True)
         process.kill()  # if it has not ended, but said something that nobody understands
         outbox.put(None)
         sender.join()
+        watchdog.join()
+
+    def _lend(self, needed: PixelsNeeded, outbox: _Outbox) -> None:
+        """Load a known picture for the process behind `outbox`, not in this thread."""
+
+        def answer(pixels: PixelBuffer | VisqError) -> None:
+            outbox.put(Pixels(needed.number, needed.index, pixels))
+
+        with self._lock:
+            found = self._open.get(needed.number)
+        image = None if found is None else found.request.images[needed.index]
+        if isinstance(image, KnownImage):
+            self._lender.lend(image, answer)
+        else:
+            answer(Unavailable("the request that wanted this picture has ended"))
+
+    def _watch(self, process: BaseProcess, gone: threading.Event) -> None:
+        """Kill the process if it has requests and makes no step; ends when it is `gone`."""
+        # Looks are counted, not read from a clock: if it was this process that somebody stopped,
+        # the engine is not to blame.
+        silent, before = 0.0, 0
+        while not gone.wait(LOOK_SECONDS):
+            progress = 0 if self._alive is None else self._alive.progress
+            with self._lock:
+                has_requests = any(request.sent for request in self._open.values())
+            silent = silent + LOOK_SECONDS if has_requests and progress == before else 0.0
+            before = progress
+            if silent >= self._config.hang_seconds:
+                logger.error(
+                    "the engine process made no step for %.0f s although it has requests: it is "
+                    "killed",
+                    silent,
+                )
+                process.kill()
+                return
 
     def _fail_open(self, *, sent_only: bool) -> None:
         """Fail the requests that were in the process, or all (lock held)."""
@@ -277,8 +358,9 @@ def _send_all(outbox: _Outbox, connection: Connection[ToEngine, Any], process: B
         process.kill()
 
 
-def _without_urls(request: EngineRequest) -> EngineRequest:
-    """`request` without the names of its images: a ``data:`` URL holds all the bytes of one."""
+def _as_sent(request: EngineRequest) -> EngineRequest:
+    """`request` without the names of its images, since a ``data:`` URL holds all the bytes of one,
+    and without functions."""
     if not request.images:
         return request
     unnamed = ImagePart(image_url=ImageUrl(url="-"))
@@ -289,4 +371,4 @@ def _without_urls(request: EngineRequest) -> EngineRequest:
         )
         for message in request.messages
     ]
-    return replace(request, messages=messages)
+    return replace(without_loads(request), messages=messages)

@@ -85,6 +85,7 @@ class PromptBuilder:
         self._placeholder_ids = frozenset(
             self._tokenizer.convert_tokens_to_ids(token) for token in self._placeholders
         )
+        self._vocabulary_end = max(self._tokenizer.get_vocab().values()) + 1
         self._reserved = _reserved_ids(processor, self._tokenizer, self._placeholders)
         self._stand_ins = _StandIns(processor, takes_images=takes_images)
         self._as_text = _text_encoder(self._tokenizer)
@@ -120,7 +121,8 @@ class PromptBuilder:
         :param images: how many there are: one for each image part.
         :param answer_ids: for assistant messages, by their index: the tokens to put in place of
             those of their text. They are trusted, special tokens in them are meant; but an answer
-            that holds a placeholder is tokenised from its text, or it would be taken for a picture.
+            that holds a placeholder is tokenised from its text, or it would be taken for a picture,
+            and so is one with a token that the vocabulary does not have.
         :raises InvalidRequest: the model's template refuses the messages, the number of images
             does not fit the prompt, or `answer_ids` names a message that is no answer.
         :raises UnsupportedParameter: images for a text model, or no chat template.
@@ -177,7 +179,7 @@ class PromptBuilder:
         slots: list[str | list[int]] = []
         for index, message in enumerate(messages):
             answer = answer_ids.get(index)
-            if answer is not None and not self._placeholder_ids.isdisjoint(answer):
+            if answer is not None and not self._may_stand(answer):
                 answer = None
             places: list[int | None] = []
             for part in message.parts():
@@ -191,6 +193,11 @@ class PromptBuilder:
                 slots.append(answer)
             turns.append((message.role, places))
         return turns, slots
+
+    def _may_stand(self, answer: Sequence[int]) -> bool:
+        """Whether these tokens can be put in place of an answer's text."""
+        known = all(0 <= token < self._vocabulary_end for token in answer)
+        return known and self._placeholder_ids.isdisjoint(answer)
 
     def _raw(self, messages: Sequence[Message], images: int) -> str:
         parts = [part for message in messages for part in message.parts()]

@@ -91,7 +91,8 @@ class Runner:
         visual = _visual(chunks)
         for tokens, features, feature_rows in visual:
             embeddings[tokens] = features.embeddings[feature_rows]
-        positions = self._to_device(_positions(chunks))
+        positions = self._to_device(_positions(step))
+        self._clear_begun(step)
         context = self._context(step)
         rows_of = [(chunk.sequence.adapter, chunk.end - chunk.start) for chunk in chunks]
         with self._routing.of(rows_of):
@@ -132,16 +133,26 @@ class Runner:
             logits: torch.Tensor = self._family.lm_head(hidden)
         return logits.float()
 
+    def _clear_begun(self, step: Step) -> None:
+        """Empty the blocks that the step begins and does not fill."""
+        size = self._cache.block_size
+        begun = [
+            chunk.sequence.blocks[last // size]
+            for chunk in step.chunks
+            if chunk.start <= (last := chunk.end // size * size) < chunk.end
+        ]
+        if begun:
+            self._cache.clear(self._to_device(np.array(begun)))
+
     def _context(self, step: Step) -> StepContext:
         size = self._cache.block_size
-        blocks: list[np.ndarray] = []
-        offsets: list[np.ndarray] = []
+        decodes = step.decodes
+        blocks = [np.array([c.sequence.blocks[c.start // size] for c in decodes], dtype=np.int64)]
+        offsets = [np.array([c.start % size for c in decodes], dtype=np.int64)]
         prefills: list[Prefill] = []
-        row = 0
-        for chunk in step.chunks:
-            table = np.array(chunk.sequence.blocks)
+        for chunk in step.prefills:
             at = np.arange(chunk.start, chunk.end)
-            blocks.append(table[at // size])
+            blocks.append(np.array(chunk.sequence.blocks)[at // size])
             offsets.append(at % size)
         row = len(step.decodes)
         for chunk in step.prefills:
@@ -183,12 +194,13 @@ def _token_ids(chunks: ListLike[Chunk]) -> tuple[np.ndarray, list[tuple[int, int
     return np.array(ids, dtype=np.int64), pending
 
 
-def _positions(chunks: ListLike[Chunk]) -> np.ndarray:
+def _positions(step: Step) -> np.ndarray:
     """``(axes, T)``."""
-    parts: list[np.ndarray] = []
-    for chunk in chunks:
+    axes = step.chunks[0].sequence.positions.shape[0]
+    decodes = np.array([c.start + c.sequence.delta for c in step.decodes], dtype=np.int64)
+    parts = [np.broadcast_to(decodes, (axes, len(decodes)))]
+    for chunk in step.prefills:
         sequence = chunk.sequence
-        axes = sequence.positions.shape[0]
         if chunk.start < sequence.prompt_tokens:
             parts.append(sequence.positions[:, chunk.start : chunk.end].numpy())
         first = max(chunk.start, sequence.prompt_tokens)

@@ -15,10 +15,14 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
+from typing import Final
 
 from worker.engine.blocks import BlockPool
 from worker.engine.sequence import ImageSpan, Sequence
 from worker.engine.vision import VisionCache
+
+GROW_AFTER: Final = 256
+"""Good steps before the limits that an end of memory has halved are doubled again."""
 
 _ORDER = attrgetter("order")
 
@@ -52,9 +56,15 @@ class Step:
         return [*self.decodes, *self.prefills]
 
     def keep(self, wanted: Callable[[Chunk], bool]) -> None:
-        """Drop the chunks that are not `wanted`."""
+        """Drop the chunks that are not `wanted`, and the pictures that only they show."""
         self.decodes = [chunk for chunk in self.decodes if wanted(chunk)]
         self.prefills = [chunk for chunk in self.prefills if wanted(chunk)]
+        shown = {
+            image.key
+            for chunk in self.prefills
+            for image in chunk.sequence.images_in(chunk.start, chunk.end)
+        }
+        self.encode = [image for image in self.encode if image.key in shown]
 
     def group_adapters(self) -> None:
         """Set the chunks of one adapter side by side, so that its tokens are rows of one slice."""
@@ -88,7 +98,7 @@ class Scheduler:
     def __init__(
         self, limits: Limits, pool: BlockPool, vision: VisionCache, *, prefix_caching: bool = True
     ) -> None:
-        self._limits = limits
+        self._limits = self._configured = limits
         self._pool = pool
         self._vision = vision
         self._prefix_caching = prefix_caching
@@ -96,8 +106,12 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         """Sorted by `Sequence.order`, as is `running`."""
         self.running: list[Sequence] = []
+        self.parked: list[Sequence] = []
+        """Sequences that can do nothing before the pixels of a picture come: they hold neither a
+        slot nor blocks meanwhile."""
         self.suspects: list[Sequence] = []
         """Sequences of a step that failed: each is run alone, so that only the guilty one ends."""
+        self._good_steps = 0
         self.preemptions = 0
         self.prefix_queries = 0
         """Prompt tokens that were looked up in the prefix cache."""
@@ -110,22 +124,28 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def knows(self, sequence: Sequence) -> bool:
-        return sequence.slot >= 0 or sequence in self.waiting
+        return sequence.slot >= 0 or sequence in self.waiting or sequence in self.parked
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_ORDER)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence has ended; its blocks stay known by their content."""
-        if sequence.slot < 0:
+        if sequence in self.parked:
+            self.parked.remove(sequence)
+        elif sequence.slot < 0:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
             self._give_back(sequence)
         if sequence in self.suspects:
             self.suspects.remove(sequence)
-        for image in sequence.images:
-            image.prepared = image.features = None
+
+    def unpark(self, sequence: Sequence) -> None:
+        """The pixels have come for which the sequence may wait."""
+        if sequence in self.parked:
+            self.parked.remove(sequence)
+            self.add(sequence)
 
     def suspect(self, step: Step) -> bool:
         """`step` has failed, and nothing of it counts; False if there is nobody to tell apart."""
@@ -136,9 +156,14 @@ class Scheduler:
         return True
 
     def shrink(self, step: Step) -> bool:
-        """There was no memory for `step`: from now on, steps are smaller. False: it was small."""
+        """There was no memory for `step`: from now on, steps are smaller, and at last each of its
+        sequences runs alone. False: it was one alone, in small steps; the limits are as before."""
         limits, size = self._limits, self._limits.block_size
-        if len(step.chunks) == 1 and limits.max_step_tokens <= size:
+        self._good_steps = 0
+        if limits.max_step_tokens <= size:
+            if self.suspect(step):
+                return True
+            self._limits = self._configured
             return False
         self._limits = replace(
             limits,
@@ -163,7 +188,7 @@ class Scheduler:
                 step.decodes.append(chunk)
                 budget -= 1
         for sequence in running:
-            if sequence.slot >= 0 and not sequence.decoding and not sequence.pending:
+            if budget and sequence.slot >= 0 and not sequence.decoding and not sequence.pending:
                 budget -= self._plan_prefill(sequence, step, budget)
         # Whoever was driven out in this step must not come back in it.
         while budget and self.waiting and self.preemptions == preemptions and not self.suspects:
@@ -174,8 +199,17 @@ class Scheduler:
             budget -= self._plan_prefill(sequence, step, budget)
         # Those that were driven out after their chunk had been planned.
         step.keep(lambda chunk: chunk.sequence.slot >= 0)
+        self._park(step)
         step.group_adapters()
         return step
+
+    def _park(self, step: Step) -> None:
+        planned = {chunk.sequence for chunk in step.chunks}
+        for sequence, _ in step.unprepared:
+            if sequence.slot >= 0 and sequence not in planned and not sequence.pending:
+                self.running.remove(sequence)
+                self._give_back(sequence)
+                self.parked.append(sequence)
 
     def _candidates(self) -> list[Sequence]:
         """Who may be in the next step."""
@@ -187,21 +221,32 @@ class Scheduler:
 
     def launched(self, step: Step) -> None:
         """`step` is on its way: what comes after it may be planned."""
+        self._grow()
         for chunk in step.chunks:
             if chunk.sequence in self.suspects:
                 self.suspects.remove(chunk.sequence)
             chunk.sequence.computed = chunk.end
-            chunk.sequence.launched += 1
             chunk.sequence.pending += chunk.samples
             for image in chunk.sequence.images:
                 if image.end <= chunk.end:
-                    image.features = None  # it has been read
+                    image.features = image.prepared = None  # it has been read
+
+    def _grow(self) -> None:
+        """After many good steps, try larger ones again."""
+        self._good_steps += 1
+        if self._limits != self._configured and self._good_steps >= GROW_AFTER:
+            self._good_steps = 0
+            limits, most = self._limits, self._configured
+            self._limits = replace(
+                limits,
+                max_step_tokens=min(2 * limits.max_step_tokens, most.max_step_tokens),
+                max_encode_tokens=min(2 * limits.max_encode_tokens, most.max_encode_tokens),
+            )
 
     def finished(self, step: Step) -> None:
         """`step` has run, and its tokens are known: full blocks may be shared from now on."""
         for chunk in step.chunks:
             sequence = chunk.sequence
-            sequence.launched -= 1
             if self._prefix_caching and sequence.slot >= 0:
                 self._register(sequence, min(chunk.end, sequence.computed))
 
@@ -266,7 +311,8 @@ class Scheduler:
             self._pool.release(matched)
             self._drive_out_for(sequence)
             return False
-        if not sequence.generated:
+        if not sequence.admitted:
+            sequence.admitted = True
             sequence.cached_tokens = computed
             self.prefix_queries += sequence.length
             self.prefix_hits += computed

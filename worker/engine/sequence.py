@@ -89,8 +89,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     pending: int = 0
-    launched: int = 0
-    """Steps with this sequence that have not been finished."""
+    admitted: bool = False
+    """Whether it has ever had a slot."""
     needs_feedback: bool = False
     """Its next step depends on the text of its last token, so it is not launched ahead."""
     wants_prompt_logits: bool = False

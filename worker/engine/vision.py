@@ -26,14 +26,14 @@ class VisionCache:
 
     def get(self, key: bytes) -> ImageFeatures | None:
         features = self._features.get(key)
-        if features is None:
-            self.misses += 1
-        else:
+        if features is not None:
             self.hits += 1
             self._features.move_to_end(key)
         return features
 
     def put(self, key: bytes, features: ImageFeatures) -> None:
+        """Keep what had to be computed: a miss. (`get` may be asked again and again for it.)"""
+        self.misses += 1
         if key in self._features or features.nbytes > self._max_bytes:
             return
         self._features[key] = features

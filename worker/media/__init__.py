@@ -8,8 +8,10 @@ A load, in order (`media.Media` is the whole of it)::
       -> pixels         in a process of its own             decoders.Decoders
                         by strict rules                     decode
       -> PixelBuffer    in shared memory                    visq.pixels
+
+`Media.load_if_changed` ends at the fetch if the store says that the object is unchanged.
 """
 
-from worker.media.media import Media
+from worker.media.media import LoadedImage, Media
 
-__all__ = ["Media"]
+__all__ = ["LoadedImage", "Media"]

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from visq.errors import ImageFetchFailed, ImageNotFound
-from visq.objects import FetchedObject, ObjectRef, ObjectStore
+from visq.objects import FetchedObject, NotModified, ObjectRef, ObjectStore
 from worker.media.cache import CachedObject, DiskCache
 
 
@@ -18,6 +18,8 @@ class EncodedImage:
 
     data: bytes
     sha256: str
+    etag: str | None
+    """That the store gave with these bytes, if it gave one."""
 
 
 class Fetcher:
@@ -35,47 +37,65 @@ class Fetcher:
         self._slots = threading.BoundedSemaphore(concurrency)
         self._cache = cache
         self._lock = threading.Lock()
-        self._flights: dict[ObjectRef, Future[EncodedImage]] = {}
+        self._flights: dict[tuple[ObjectRef, str | None], Future[EncodedImage | None]] = {}
 
     def fetch(self, ref: ObjectRef) -> EncodedImage:
         """Return the object; who asks while it is on its way shares that read and its outcome.
 
         :raises ImageError: as `ObjectStore.get` does.
         """
+        image = self._shared(ref, None)
+        assert image is not None
+        return image
+
+    def fetch_if_changed(self, ref: ObjectRef, etag: str) -> EncodedImage | None:
+        """Return the object, or ``None`` if its ETag still is `etag`: then no bytes were read.
+
+        :raises ImageError: as `ObjectStore.get` does.
+        """
+        return self._shared(ref, etag)
+
+    def _shared(self, ref: ObjectRef, etag: str | None) -> EncodedImage | None:
         with self._lock:
-            flight = self._flights.get(ref)
+            flight = self._flights.get((ref, etag))
             first = flight is None
             if flight is None:
-                flight = self._flights[ref] = Future()
+                flight = self._flights[ref, etag] = Future()
         if first:
             try:
                 with self._slots:
-                    flight.set_result(self._fetch(ref))
+                    found = self._fetch(ref) if etag is None else self._fetch_changed(ref, etag)
+                    flight.set_result(found)
             except BaseException as error:
                 flight.set_exception(error)  # none may wait for ever, whatever it was
                 raise
             finally:
                 with self._lock:
-                    del self._flights[ref]
+                    del self._flights[ref, etag]
         return flight.result()
+
+    def _fetch_changed(self, ref: ObjectRef, etag: str) -> EncodedImage | None:
+        answer = self._ask(ref, etag)
+        return self._keep(ref, answer) if isinstance(answer, FetchedObject) else None
 
     def _fetch(self, ref: ObjectRef) -> EncodedImage:
         cached = self._cached(ref)
         if cached is not None and ref.version_id is not None:
-            return EncodedImage(cached.data, cached.sha256)
-        try:
-            answer = self._store.get(
-                ref, max_bytes=self._max_bytes, if_none_match=cached.etag if cached else None
-            )
-        except ImageNotFound:
-            if self._cache is not None:
-                self._cache.drop(ref)
-            raise
+            return EncodedImage(cached.data, cached.sha256, cached.etag)
+        answer = self._ask(ref, cached.etag if cached else None)
         if isinstance(answer, FetchedObject):
             return self._keep(ref, answer)
         if cached is None:
             raise ImageFetchFailed(f"image {ref} could not be fetched (an answer without bytes)")
-        return EncodedImage(cached.data, cached.sha256)
+        return EncodedImage(cached.data, cached.sha256, cached.etag)
+
+    def _ask(self, ref: ObjectRef, etag: str | None) -> FetchedObject | NotModified:
+        try:
+            return self._store.get(ref, max_bytes=self._max_bytes, if_none_match=etag)
+        except ImageNotFound:
+            if self._cache is not None:
+                self._cache.drop(ref)
+            raise
 
     def _cached(self, ref: ObjectRef) -> CachedObject | None:
         cached = self._cache.get(ref) if self._cache is not None else None
@@ -86,4 +106,4 @@ class Fetcher:
         sha256 = hashlib.sha256(fetched.data).hexdigest()
         if self._cache is not None and (fetched.etag is not None or ref.version_id is not None):
             self._cache.put(ref, CachedObject(fetched.data, sha256, fetched.etag))
-        return EncodedImage(fetched.data, sha256)
+        return EncodedImage(fetched.data, sha256, fetched.etag)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.visq.pipeline.conftest import TRUTH
 from tests.visq.pipeline.test_infer import Watched
-from visq.pipeline import GenerationConfig, Pipeline, RequestConflict, Session
+from visq.pipeline import ChatTemplateConfig, GenerationConfig, Pipeline, RequestConflict, Session
 from visq.vl import load_image
 
 TALK = TRUTH["02-shapes.png"]
@@ -52,6 +52,33 @@ def test_an_answer_that_the_program_changed_is_sent_as_text(watched: Watched) ->
     pipe.chat("Hello!", session=session)
     assert watched.requests[1].answer_ids == {}
     assert watched.requests[1].messages[1].content == "Good day."
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GenerationConfig(stop_words=["e"]),
+        GenerationConfig(stop_words=["e"], include_stop_str_in_output=True),
+        GenerationConfig(include_stop_str_in_output=True),
+    ],
+)
+def test_an_answer_whose_tokens_may_run_on_beyond_its_text_is_sent_as_text(
+    watched: Watched, config: GenerationConfig
+) -> None:
+    pipe = Pipeline.over(watched)
+    session = pipe.chat("Hello!", gen_config=config)
+    assert session.response.finish_reason == "stop"
+    assert session.response.token_ids != []
+    pipe.chat("Hello!", session=session)
+    assert watched.requests[1].answer_ids == {}
+
+
+def test_the_stop_words_of_a_template_count_as_well(watched: Watched) -> None:
+    pipe = Pipeline.over(watched, ChatTemplateConfig("internvl2_5", stop_words=["e"]))
+    session = pipe.chat("Hello!")
+    assert session.response.finish_reason == "stop"
+    pipe.chat("Hello!", session=session)
+    assert watched.requests[1].answer_ids == {}
 
 
 def test_a_history_may_hold_any_form_of_a_prompt(watched: Watched) -> None:

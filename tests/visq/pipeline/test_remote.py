@@ -163,10 +163,7 @@ def test_a_raw_prompt_goes_through(remote: RemotePipeline) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        GenerationConfig(n=2),
-        GenerationConfig(logprobs=1),
         GenerationConfig(output_logits="all"),
-        GenerationConfig(return_ppl=True),
         GenerationConfig(logits_processors=[lambda ids, logits: logits]),
     ],
 )
@@ -177,6 +174,49 @@ def test_what_a_result_cannot_carry_is_refused_by_name(
     response = remote("Hello!", gen_config=config)
     assert response.error_code == "unsupported_parameter"
     assert f"`{name}`" in response.error_message
+
+
+def test_logprobs_and_perplexity_are_those_of_the_model_in_this_program(
+    remote: RemotePipeline, pipe: Any
+) -> None:
+    config = GenerationConfig(max_new_tokens=8, logprobs=2, return_ppl=True)
+    far, here = remote("Hello!", gen_config=config), pipe("Hello!", gen_config=config)
+    assert (far.text, far.token_ids) == (here.text, here.token_ids)
+    assert far.generate_token_len == len(far.token_ids) == len(far.logprobs) > 0
+    for there, local in zip(far.logprobs, here.logprobs, strict=True):
+        assert there == pytest.approx(local, abs=1e-3)
+    assert far.ppl == pytest.approx(here.ppl, abs=1e-3)
+    assert far.choices == []
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_several_choices_come_back_and_the_answer_is_the_first(
+    remote: RemotePipeline, logprobs: int | None
+) -> None:
+    config = GenerationConfig(
+        n=3, do_sample=True, temperature=2.0, random_seed=3, max_new_tokens=8, logprobs=logprobs
+    )
+    whole = remote("Hello!", gen_config=config)
+    [single] = remote(["Hello!"], gen_config=config)
+    *pieces, last = remote.stream_infer("Hello!", gen_config=config)
+    assert [choice.choice for choice in whole.choices] == [0, 1, 2]
+    texts = [choice.text for choice in whole.choices]
+    assert len(set(texts)) > 1
+    assert whole.text == single.text == "".join(piece.text for piece in pieces) == texts[0]
+    assert [choice.text for choice in last.choices] == texts
+    lengths = [choice.generate_token_len for choice in whole.choices]
+    if logprobs is None:
+        assert lengths[1:] == [0, 0], "nobody says how the tokens are shared out"
+        assert lengths[0] > 8
+    else:
+        assert lengths == [len(choice.token_ids) for choice in whole.choices]
+        assert last.token_ids == whole.token_ids
+
+
+def test_tokens_from_the_cache_are_counted(remote: RemotePipeline) -> None:
+    prompt = "How many red circles are there beside the blue square? " * 8
+    remote(prompt)
+    assert remote(prompt).cached_tokens > 0
 
 
 def test_scores_need_the_model_here(remote: RemotePipeline) -> None:

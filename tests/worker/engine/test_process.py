@@ -236,4 +236,4 @@ def test_closing_fails_what_is_open_though_the_process_hangs(vision_model: Path)
         assert isinstance(failed(handle.result()).error, EngineCrashed)
     assert not engine.alive
     assert not process.is_running()
-    assert threading.active_count() == threads - 2, "the keeper and the sender have ended"
+    assert threading.active_count() == threads - 3, "keeper, sender and watchdog have ended"

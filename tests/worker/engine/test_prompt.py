@@ -304,6 +304,14 @@ def test_a_placeholder_in_a_known_answer_is_taken_for_no_picture(
     assert made == tokens(vision, *history, images=1)
 
 
+@pytest.mark.parametrize("foreign", [-1, 10**6])
+def test_a_known_answer_with_a_token_that_the_vocabulary_has_not_is_told_by_its_text(
+    vision: PromptBuilder, foreign: int
+) -> None:
+    history = [user("Hi"), Message(role="assistant", content="told"), user("And?")]
+    assert tokens(vision, *history, answer_ids={1: [20, foreign]}) == tokens(vision, *history)
+
+
 @pytest.mark.parametrize("index", [-1, 0, 2, 3])
 def test_only_answers_have_exact_tokens(vision: PromptBuilder, index: int) -> None:
     history = [user("Hi"), Message(role="assistant", content="x"), user("And?")]

@@ -93,8 +93,9 @@ class Simulator:
                 for each in chunk.sequence.images_in(chunk.start, chunk.end):
                     if each.key == image.key:
                         each.features, each.prepared = features, None
-        for _, image in step.unprepared:
+        for sequence, image in step.unprepared:
             image.prepared = PreparedImage([], {})
+            self.scheduler.unpark(sequence)
         sampled = []
         for chunk in step.chunks:
             sequence = chunk.sequence

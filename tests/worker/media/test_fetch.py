@@ -103,6 +103,33 @@ def test_a_changed_object_is_read_again(
     assert (store.full, store.unchanged) == (2, 2)
 
 
+def test_what_the_caller_knows_by_its_etag_is_not_read_though_no_cache_has_it(
+    store: CountingStore, bucket: str
+) -> None:
+    fetcher = Fetcher(store, max_bytes=MIB, concurrency=4, cache=None)
+    ref = ObjectRef(bucket, "a")
+    store.put(ref, b"one", "image/png")
+    etag = fetcher.fetch(ref).etag
+    assert etag is not None
+    assert fetcher.fetch_if_changed(ref, etag) is None
+    assert (store.full, store.unchanged) == (1, 1)
+    store.put(ref, b"two", "image/png")
+    changed = fetcher.fetch_if_changed(ref, etag)
+    assert changed is not None
+    assert changed.data == b"two"
+    assert (store.full, store.unchanged) == (2, 1)
+
+
+def test_a_changed_object_that_was_asked_for_by_its_etag_is_kept_in_the_cache(
+    fetcher: Fetcher, store: CountingStore, bucket: str
+) -> None:
+    ref = ObjectRef(bucket, "a")
+    store.put(ref, b"two", "image/png")
+    assert fetcher.fetch_if_changed(ref, '"of another content"') is not None
+    assert fetcher.fetch(ref).data == b"two"
+    assert (store.full, store.unchanged) == (1, 1)
+
+
 def test_a_named_version_is_asked_for_once(
     fetcher: Fetcher, store: CountingStore, bucket: str, s3: S3Endpoint
 ) -> None:
@@ -120,11 +147,14 @@ def test_a_deleted_object_is_not_found_though_it_is_in_the_cache(
 ) -> None:
     ref = ObjectRef(bucket, "a")
     store.put(ref, b"one", "image/png")
-    fetcher.fetch(ref)
+    etag = fetcher.fetch(ref).etag
+    assert etag is not None
     s3.client().delete_object(Bucket=bucket, Key="a")
     with pytest.raises(ImageNotFound):
-        fetcher.fetch(ref)
+        fetcher.fetch_if_changed(ref, etag)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ImageNotFound):
+        fetcher.fetch(ref)
 
 
 def test_a_smaller_limit_holds_for_what_is_in_the_cache(

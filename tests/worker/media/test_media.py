@@ -70,7 +70,7 @@ def test_a_picture_is_loaded_with_the_hash_of_its_encoded_bytes(
 ) -> None:
     store.put(ObjectRef("pictures", "a b.jpg"), jpeg(), "image/jpeg")
     for name in ("s3://pictures/a b.jpg", ObjectRef("pictures", "a b.jpg")):
-        buffer = media.load(name, "ann")
+        buffer = media.load(name, "ann").pixels
         assert (buffer.height, buffer.width) == (48, 64)
         assert buffer.sha256 == sha256(jpeg()).hexdigest()
         assert buffer.array()[10, 10].tolist() == [254, 0, 0]
@@ -80,9 +80,26 @@ def test_a_picture_is_loaded_with_the_hash_of_its_encoded_bytes(
 def test_a_changed_picture_is_seen_at_once(media: Media, store: ObjectStore) -> None:
     for shade in ("red", "blue"):
         store.put(ObjectRef("pictures", "changing.jpg"), jpeg(shade), "image/jpeg")
-        buffer = media.load("s3://pictures/changing.jpg", "ann")
+        buffer = media.load("s3://pictures/changing.jpg", "ann").pixels
         assert buffer.sha256 == sha256(jpeg(shade)).hexdigest()
         buffer.release()
+
+
+def test_an_unchanged_picture_is_not_loaded_and_a_changed_one_is(
+    media: Media, store: ObjectStore
+) -> None:
+    ref = ObjectRef("pictures", "known.jpg")
+    store.put(ref, jpeg("red"), "image/jpeg")
+    known = media.load(ref, "ann")
+    known.pixels.release()
+    assert known.etag is not None
+    assert media.load_if_changed(ref.uri, "ann", known.etag) is None
+    store.put(ref, jpeg("blue"), "image/jpeg")
+    changed = media.load_if_changed(ref, "ann", known.etag)
+    assert changed is not None
+    assert changed.pixels.sha256 == sha256(jpeg("blue")).hexdigest()
+    assert changed.etag != known.etag
+    changed.pixels.release()
 
 
 def test_threads_that_load_one_picture_each_own_their_pixels(
@@ -91,7 +108,7 @@ def test_threads_that_load_one_picture_each_own_their_pixels(
     store.put(ObjectRef("pictures", "shared.jpg"), jpeg(), "image/jpeg")
     with ThreadPoolExecutor(8) as threads:
         loads = [threads.submit(media.load, "s3://pictures/shared.jpg", "ann") for _ in range(8)]
-        buffers = [load.result() for load in loads]
+        buffers = [load.result().pixels for load in loads]
     for buffer in buffers:
         assert buffer.array().shape == (48, 64, 3)
         buffer.release()
@@ -101,9 +118,11 @@ def test_a_tenants_upload_is_loaded_for_it_and_for_nobody_else(
     media: Media, store: ObjectStore
 ) -> None:
     store.put(ObjectRef("uploads-of-media", "ann/1"), jpeg(), "image/jpeg")
-    media.load("s3://uploads-of-media/ann/1", "ann").release()
+    media.load("s3://uploads-of-media/ann/1", "ann").pixels.release()
     with pytest.raises(ImageForbidden, match="s3://uploads-of-media/ann/1"):
         media.load("s3://uploads-of-media/ann/1", "bob")
+    with pytest.raises(ImageForbidden, match="s3://uploads-of-media/ann/1"):
+        media.load_if_changed("s3://uploads-of-media/ann/1", "bob", "any")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +160,7 @@ def test_only_a_remote_store_is_cached(
     media: Media, store: ObjectStore, settings: Settings
 ) -> None:
     store.put(ObjectRef("pictures", "cached.jpg"), jpeg("green"), "image/jpeg")
-    media.load("s3://pictures/cached.jpg", "ann").release()
+    media.load("s3://pictures/cached.jpg", "ann").pixels.release()
     cache: Path = settings.data / "media-cache"
     assert cache.exists() == store.remote
     assert not cache.exists() or any(cache.iterdir())
@@ -154,5 +173,5 @@ def test_an_unusable_cache_folder_does_not_fail_a_load(
     broken = settings.model_copy(update={"media_cache": tmp_path / "file" / "cache"})
     store.put(ObjectRef("pictures", "b.jpg"), jpeg(), "image/jpeg")
     media = Media(broken, store)
-    media.load("s3://pictures/b.jpg", "ann").release()
+    media.load("s3://pictures/b.jpg", "ann").pixels.release()
     media.close()

@@ -30,6 +30,13 @@ class KVCache:
         self.blocks = blocks
         self.layers = layers
 
+    def clear(self, blocks: torch.Tensor) -> None:
+        """Forget what sequences before have left in `blocks`, ``(n,)`` int64.
+
+        A block that is not full is read whole, and masked: but 0 times their NaN would be NaN.
+        """
+        self.pool.index_fill_(0, blocks, 0)
+
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, as views ``(blocks, block_size, kv_heads, head_dim)``."""
         return self.pool[:, index, 0], self.pool[:, index, 1]
