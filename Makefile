@@ -36,7 +36,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-logo
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

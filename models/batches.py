@@ -6,10 +6,12 @@ item while it holds that of a batch.
 
 from __future__ import annotations
 
-from sqlalchemy import func, select, update
+from typing import Final
+
+from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
-from models.database import db_now
+from models.database import db_now, fetch
 from models.tables import Batch, Job
 from visq.errors import NotFound
 from visq.types import BatchStatus, JobStatus
@@ -23,18 +25,37 @@ def get(session: Session, batch_id: str) -> Batch:
     return batch
 
 
+_COUNT_END: Final = {
+    status: update(Batch)
+    .where(Batch.id == bindparam("batch_id"))
+    .values({counter: counter + 1})
+    .returning(
+        Batch.status, Batch.total, Batch.succeeded, Batch.failed, Batch.cancelled, Batch.expired
+    )
+    .execution_options(synchronize_session=False)
+    for status, counter in (
+        (JobStatus.SUCCEEDED, Batch.succeeded),
+        (JobStatus.FAILED, Batch.failed),
+        (JobStatus.CANCELLED, Batch.cancelled),
+        (JobStatus.EXPIRED, Batch.expired),
+    )
+}
+
+
 def count_end(session: Session, batch_id: str, status: JobStatus) -> None:
     """An item has ended with `status`; the last one ends the batch."""
-    counter = getattr(Batch, status.value)
-    batch = session.scalars(
-        update(Batch).where(Batch.id == batch_id).values({counter: counter + 1}).returning(Batch),
-        execution_options={"synchronize_session": False, "populate_existing": True},
-    ).one()
+    batch = fetch(session, _COUNT_END[status], {"batch_id": batch_id}).one()
     if batch.succeeded + batch.failed + batch.cancelled + batch.expired == batch.total:
         cancelling = batch.status is BatchStatus.CANCELLING
-        batch.status = BatchStatus.CANCELLED if cancelling else BatchStatus.COMPLETED
-        batch.finished_at = session.scalar(select(db_now()))
-        session.flush()
+        session.execute(
+            update(Batch)
+            .where(Batch.id == batch_id)
+            .values(
+                status=BatchStatus.CANCELLED if cancelling else BatchStatus.COMPLETED,
+                finished_at=db_now(),
+            ),
+            execution_options={"synchronize_session": False},
+        )
 
 
 def uncount_failed(session: Session, batch_id: str) -> bool:

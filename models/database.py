@@ -15,10 +15,10 @@ import asyncio
 import sqlite3
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple
 
 from sqlalchemy import (
     URL,
@@ -33,7 +33,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Result
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -42,12 +42,14 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_criteria
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.types import TypeDecorator
 
 from visq.errors import ConfigurationError, Unavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 SQLITE_BUSY_MS = 10_000
 
@@ -84,14 +86,20 @@ class PackedInts(TypeDecorator[list[int]]):
 
 
 class db_now(FunctionElement[datetime]):  # noqa: N801 (an SQL function)
-    """The database's clock, plus `seconds`. Leases and deadlines use no other clock."""
+    """The database's clock, plus `seconds`. Leases and deadlines use no other clock.
+
+    `seconds` may be a parameter of the statement, by its name; of None, the time is NULL.
+    """
 
     type = UTCDateTime()
     inherit_cache = True
     name = "db_now"
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        super().__init__(bindparam(None, float(seconds), type_=Float()))
+    def __init__(self, seconds: float | str = 0.0) -> None:
+        if isinstance(seconds, str):
+            super().__init__(bindparam(seconds, type_=Float()))
+        else:
+            super().__init__(bindparam(None, float(seconds), type_=Float()))
 
 
 @compiles(db_now, "postgresql")
@@ -125,6 +133,19 @@ def _scope_by_tenant(state: ORMExecuteState) -> None:
                 TenantOwned, lambda owned: owned.tenant_id == tenant_id, include_aliases=True
             )
         )
+
+
+def fetch(
+    session: Session, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]
+) -> Result[*Ts]:
+    """Run a statement of the ORM's classes that returns columns, in the scope of `session`.
+
+    Where there is no scope, it goes past the ORM, which takes longer than the statement does.
+    Objects of the session are neither flushed before nor refreshed after.
+    """
+    if session.info.get("tenant_id") is None:
+        return session.connection().execute(statement, parameters)
+    return session.execute(statement, parameters)
 
 
 def _configure_sqlite(engine: Engine) -> None:

@@ -19,21 +19,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any, Final
 
-from sqlalchemy import exists, func, or_, select, update
+from sqlalchemy import bindparam, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from models import batches, sessions
-from models.database import db_now
+from models.database import db_now, fetch
 from models.moves import (
+    END,
+    ENDED,
+    FAIL,
     PENDING,
+    QUEUE,
+    QUEUED,
+    REQUEUE,
+    Move,
     after_end,
-    cancel_if_asked,
-    ended_columns,
-    error_columns,
     locked,
     move,
-    queued_columns,
+    moving,
     requeue,
 )
 from models.outcomes import (
@@ -57,35 +62,39 @@ from visq.types import BatchStatus, JobStatus, Prompt
 # --- a run: claim, renew, finish -------------------------------------------------------------
 
 
+_BATCH_IS_ENDING: Final = exists().where(
+    Batch.id == Job.batch_id, Batch.status == BatchStatus.CANCELLING
+)
+_CLAIM: Final = moving(
+    Job.cancel_requested_at.is_(None),
+    or_(Job.run_after.is_(None), Job.run_after <= db_now()),
+    or_(Job.expires_at.is_(None), Job.expires_at > db_now()),
+    or_(Job.batch_id.is_(None), ~_BATCH_IS_ENDING),
+    attempt=Job.attempt + 1,
+    worker=bindparam("claimed_by"),
+    lease_expires_at=db_now("lease_seconds"),
+    started_at=func.coalesce(Job.started_at, db_now()),
+    publish_at=None,
+    run_after=None,
+)
+_TENANT_AND_TIME: Final = select(Tenant.name, db_now()).where(Tenant.id == bindparam("tenant_id"))
+
+
 def claim(session: Session, job_id: str, *, worker: str, lease_seconds: float) -> Work | None:
     """Take a queued job; ``None`` if it is not there to take (a repeated or early message)."""
-    batch_is_ending = exists().where(
-        Batch.id == Job.batch_id, Batch.status == BatchStatus.CANCELLING
-    )
     job = move(
         session,
+        _CLAIM,
         job_id,
         JobStatus.QUEUED,
         JobStatus.RUNNING,
-        Job.cancel_requested_at.is_(None),
-        or_(Job.run_after.is_(None), Job.run_after <= db_now()),
-        or_(Job.expires_at.is_(None), Job.expires_at > db_now()),
-        or_(Job.batch_id.is_(None), ~batch_is_ending),
-        values={
-            "attempt": Job.attempt + 1,
-            "worker": worker,
-            "lease_expires_at": db_now(lease_seconds),
-            "started_at": func.coalesce(Job.started_at, db_now()),
-            "publish_at": None,
-            "run_after": None,
-        },
         reason=None,
+        claimed_by=worker,
+        lease_seconds=lease_seconds,
     )
     if job is None:
         return None
-    tenant, now = session.execute(
-        select(Tenant.name, db_now()).where(Tenant.id == job.tenant_id)
-    ).one()
+    tenant, now = fetch(session, _TENANT_AND_TIME, {"tenant_id": job.tenant_id}).one()
     history: list[Remembered] = []
     if job.session_id is not None and job.turn is not None:
         history = sessions.history(session, job.session_id, before_turn=job.turn)
@@ -104,22 +113,36 @@ def claim(session: Session, job_id: str, *, worker: str, lease_seconds: float) -
     )
 
 
+_RENEW: Final = (
+    update(Job)
+    .where(Job.id.in_(bindparam("job_ids", expanding=True)), Job.status == JobStatus.RUNNING)
+    .values(lease_expires_at=db_now("lease_seconds"))
+    .returning(Job.id, Job.attempt, Job.cancel_requested_at)
+    .execution_options(synchronize_session=False)
+)
+
+
 def renew(session: Session, claims: Sequence[Claim], *, lease_seconds: float) -> list[Renewed]:
     """Extend the leases of a worker's claims, in one UPDATE. A claim that is not in the answer is
     lost: its job has gone on without this run."""
     held = {claim.job_id: claim for claim in claims}
-    rows = session.execute(
-        update(Job)
-        .where(Job.id.in_(held), Job.status == JobStatus.RUNNING)
-        .values(lease_expires_at=db_now(lease_seconds))
-        .returning(Job.id, Job.attempt, Job.cancel_requested_at),
-        execution_options={"synchronize_session": False},
-    )
+    rows = fetch(session, _RENEW, {"job_ids": list(held), "lease_seconds": lease_seconds})
     return [
         Renewed(held[job_id], cancel_requested_at is not None)
         for job_id, attempt, cancel_requested_at in rows
         if held[job_id].attempt == attempt
     ]
+
+
+_FENCE: Final = Job.attempt == bindparam("held_attempt")
+_ASKED_TO_STOP: Final = Job.cancel_requested_at.is_not(None)
+
+_SUCCEED: Final = moving(_FENCE, result=bindparam("answer"), **ENDED)
+_FAIL_RUN: Final = FAIL.where(_FENCE)
+_END_RUN: Final = END.where(_FENCE)
+_REQUEUE_RUN: Final = REQUEUE.where(_FENCE)
+_HAND_BACK: Final = QUEUE.where(_FENCE, ~_ASKED_TO_STOP)
+_STOP_IF_ASKED: Final = END.where(_FENCE, _ASKED_TO_STOP)
 
 
 def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | None:
@@ -128,76 +151,59 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
     Returns ``None`` if the claim is lost: then nothing was written, and nothing may be published.
     """
     conversation = None if claim.session_id is None else sessions.lock(session, claim.session_id)
-    fence = Job.attempt == claim.attempt
+
+    def leave(how: Move, to_status: JobStatus, reason: str, **parameters: Any) -> Job | None:
+        """The run's own move."""
+        return move(
+            session,
+            how,
+            claim.job_id,
+            JobStatus.RUNNING,
+            to_status,
+            reason=reason,
+            held_attempt=claim.attempt,
+            **parameters,
+        )
+
     match outcome:
         case Succeeded(result):
-            job = move(
-                session,
-                claim.job_id,
-                JobStatus.RUNNING,
-                JobStatus.SUCCEEDED,
-                fence,
-                values={"result": result.model_dump(mode="json"), **ended_columns()},
-                reason=result.finish_reason,
-            )
+            answer = result.model_dump(mode="json")
+            job = leave(_SUCCEED, JobStatus.SUCCEEDED, result.finish_reason, answer=answer)
             if job is not None and conversation is not None:
                 sessions.append(session, conversation, job, outcome)
         case Failed(error, backoff_seconds):
             job = None
             if error.retryable:
-                requeued = requeue(session, claim.job_id, fence, str(error), backoff_seconds)
+                requeued = requeue(
+                    session,
+                    _REQUEUE_RUN,
+                    claim.job_id,
+                    reason=str(error),
+                    backoff_seconds=backoff_seconds,
+                    held_attempt=claim.attempt,
+                )
                 if requeued is not None:
                     return requeued
-                job = cancel_if_asked(session, claim.job_id, fence)
+                job = leave(_STOP_IF_ASKED, JobStatus.CANCELLED, "cancelled")
             if job is None:
-                job = move(
-                    session,
-                    claim.job_id,
-                    JobStatus.RUNNING,
+                job = leave(
+                    _FAIL_RUN,
                     JobStatus.FAILED,
-                    fence,
-                    values={
-                        **error_columns(error),
-                        "failures": Job.failures + 1,
-                        **ended_columns(),
-                    },
-                    reason=error.code,
+                    error.code,
+                    code=error.code,
+                    message=error.message,
+                    param=error.param,
                 )
         case Cancelled():
-            job = move(
-                session,
-                claim.job_id,
-                JobStatus.RUNNING,
-                JobStatus.CANCELLED,
-                fence,
-                values=ended_columns(),
-                reason="cancelled",
-            )
+            job = leave(_END_RUN, JobStatus.CANCELLED, "cancelled")
         case Expired():
-            job = move(
-                session,
-                claim.job_id,
-                JobStatus.RUNNING,
-                JobStatus.EXPIRED,
-                fence,
-                values=ended_columns(),
-                reason="deadline",
-            )
+            job = leave(_END_RUN, JobStatus.EXPIRED, "deadline")
         case HandedBack(reason):
-            job = move(
-                session,
-                claim.job_id,
-                JobStatus.RUNNING,
-                JobStatus.QUEUED,
-                fence,
-                Job.cancel_requested_at.is_(None),
-                values=queued_columns(),
-                reason=reason,
-            )
+            job = leave(_HAND_BACK, JobStatus.QUEUED, reason)
             if job is not None:
                 return Transition(job, queued=[QueuedJob(job.id, job.lane)])
             # Nobody claims a job that was asked to stop: in the queue it would stay for ever.
-            job = cancel_if_asked(session, claim.job_id, fence)
+            job = leave(_STOP_IF_ASKED, JobStatus.CANCELLED, "cancelled")
     return None if job is None else after_end(session, job)
 
 
@@ -219,14 +225,7 @@ def cancel(session: Session, job_id: str) -> Transition:
     """
     job = locked(session, get(session, job_id))
     if job.status in PENDING:
-        cancelled = move(
-            session,
-            job_id,
-            job.status,
-            JobStatus.CANCELLED,
-            values=ended_columns(),
-            reason="cancelled",
-        )
+        cancelled = move(session, END, job_id, job.status, JobStatus.CANCELLED, reason="cancelled")
         assert cancelled is not None, "the row was locked"
         return after_end(session, cancelled)
     if job.status is JobStatus.RUNNING:
@@ -237,6 +236,17 @@ def cancel(session: Session, job_id: str) -> Transition:
             execution_options={"synchronize_session": False},
         )
     return Transition(job)
+
+
+_RETRY: Final = moving(
+    failures=0,
+    error_code=None,
+    error_message=None,
+    error_param=None,
+    finished_at=None,
+    cancel_requested_at=None,
+    **QUEUED,
+)
 
 
 def retry(session: Session, job_id: str) -> Transition:
@@ -260,18 +270,10 @@ def retry(session: Session, job_id: str) -> Transition:
         raise NotRetriable(f"job {job_id} is of {job.batch_id}, which is being cancelled")
     queued = move(
         session,
+        _RETRY,
         job_id,
         JobStatus.FAILED,
         JobStatus.QUEUED,
-        values={
-            **queued_columns(),
-            "failures": 0,
-            "error_code": None,
-            "error_message": None,
-            "error_param": None,
-            "finished_at": None,
-            "cancel_requested_at": None,
-        },
         reason="retried by a call",
     )
     assert queued is not None, "the row was locked"
@@ -308,20 +310,15 @@ def past_deadline(session: Session, limit: int) -> list[str]:
     )
 
 
+_EXPIRE: Final = END.where(Job.expires_at <= db_now())
+
+
 def expire(session: Session, job_id: str) -> Transition | None:
     """End a waiting or queued job whose deadline has passed; ``None`` if it is not one."""
     job = locked(session, get(session, job_id))
     if job.status not in PENDING:
         return None
-    expired = move(
-        session,
-        job_id,
-        job.status,
-        JobStatus.EXPIRED,
-        Job.expires_at <= db_now(),
-        values=ended_columns(),
-        reason="deadline",
-    )
+    expired = move(session, _EXPIRE, job_id, job.status, JobStatus.EXPIRED, reason="deadline")
     return None if expired is None else after_end(session, expired)
 
 
@@ -337,29 +334,36 @@ def without_lease(session: Session, limit: int) -> list[str]:
     )
 
 
+_LEASE_RAN_OUT: Final = Job.lease_expires_at <= db_now()
+_END_DEAD: Final = END.where(_LEASE_RAN_OUT)
+_FAIL_DEAD: Final = FAIL.where(_LEASE_RAN_OUT)
+_REQUEUE_DEAD: Final = REQUEUE.where(_LEASE_RAN_OUT)
+
+
 def rescue(session: Session, job_id: str, *, backoff_seconds: float = 1.0) -> Transition | None:
     """Take a job from a worker whose lease has run out; ``None`` if it is not such a job."""
     job = locked(session, get(session, job_id))
-    ran_out = Job.lease_expires_at <= db_now()
     reason = f"the lease of {job.worker} ran out"
     if job.status is not JobStatus.RUNNING:
         return None
+    error: dict[str, str | None] = {}
     if job.cancel_requested_at is not None:
-        to, values = JobStatus.CANCELLED, ended_columns()
+        how, to = _END_DEAD, JobStatus.CANCELLED
     elif job.expires_at is not None and session.scalar(select(db_now() >= job.expires_at)):
-        to, values = JobStatus.EXPIRED, ended_columns()
+        how, to = _END_DEAD, JobStatus.EXPIRED
     else:
-        requeued = requeue(session, job_id, ran_out, reason, backoff_seconds)
+        requeued = requeue(
+            session, _REQUEUE_DEAD, job_id, reason=reason, backoff_seconds=backoff_seconds
+        )
         if requeued is not None:
             return requeued
-        to = JobStatus.FAILED
-        values = {
-            "error_code": "attempts_exhausted",
-            "error_message": f"{reason}; all {job.max_attempts} attempts are used up",
-            "failures": Job.failures + 1,
-            **ended_columns(),
+        how, to = _FAIL_DEAD, JobStatus.FAILED
+        error = {
+            "code": "attempts_exhausted",
+            "message": f"{reason}; all {job.max_attempts} attempts are used up",
+            "param": None,
         }
-    moved = move(session, job_id, JobStatus.RUNNING, to, ran_out, values=values, reason=reason)
+    moved = move(session, how, job_id, JobStatus.RUNNING, to, reason=reason, **error)
     return None if moved is None else after_end(session, moved)
 
 

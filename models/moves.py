@@ -1,18 +1,23 @@
 """The parts of which a job's transitions (`models.jobs`) are made: the one UPDATE of ``status``,
-what follows from an end, and the columns that each kind of state sets."""
+what follows from an end, and the columns that each kind of state sets.
+
+The statements of a run are constants: SQLAlchemy takes longer to build one than to run it
+(bench/results/sql-per-job.md). What differs from call to call is a `bindparam`; its name is not
+that of a column, since such a parameter of an UPDATE would set the column.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, TypeAlias
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, bindparam, insert, inspect, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from models import batches, outbox, sessions
-from models.database import db_now
+from models.database import db_now, fetch
 from models.outcomes import QueuedJob, Transition
-from models.tables import Job, JobEvent
-from visq.errors import VisqError
+from models.tables import Job, JobEvent, table
 from visq.types import JobStatus
 
 PUBLISH_GRACE_SECONDS = 2.0
@@ -23,82 +28,141 @@ LONGEST_BACKOFF = 300.0
 
 PENDING = (JobStatus.WAITING, JobStatus.QUEUED)
 
+_COLUMNS: Final = {
+    attribute.key: getattr(Job, attribute.key) for attribute in inspect(Job).column_attrs
+}
+"""Of a `Job`, by the names of its attributes."""
 
-def record(session: Session, job: Job, from_status: JobStatus | None, reason: str | None) -> None:
-    """Write the transition that brought `job` to its present status."""
-    session.add(
-        JobEvent(
-            tenant_id=job.tenant_id,
-            job_id=job.id,
-            from_status=from_status,
-            to_status=job.status,
-            attempt=job.attempt,
-            worker=job.worker,
-            reason=reason,
-        )
+Move: TypeAlias = ReturningUpdate[*tuple[Any, ...]]
+"""An UPDATE of ``status`` (`moving`); ``.where`` adds guards to it."""
+
+ENDED: Final = {
+    "finished_at": db_now(),
+    "lease_expires_at": None,
+    "publish_at": None,
+    "run_after": None,
+}
+"""Columns of a job that enters a terminal state."""
+
+QUEUED: Final = {
+    "worker": None,
+    "lease_expires_at": None,
+    "publishes": 0,
+    "run_after": None,
+    "publish_at": db_now(PUBLISH_GRACE_SECONDS),
+}
+"""Columns of a job that enters ``queued``."""
+
+
+def moving(*guards: ColumnElement[bool], **values: Any) -> Move:
+    """An UPDATE of ``status`` that also sets `values`, if `guards` hold; `move` runs it."""
+    return (
+        update(Job)
+        .where(Job.id == bindparam("job_id"), Job.status == bindparam("from_status"), *guards)
+        .values(status=bindparam("to_status"), **values)
+        .returning(*_COLUMNS.values())
+        .execution_options(synchronize_session=False)
     )
-    session.flush()
+
+
+END: Final = moving(**ENDED)
+
+QUEUE: Final = moving(**QUEUED)
+
+REQUEUE: Final = moving(
+    Job.failures + 1 < Job.max_attempts,
+    Job.cancel_requested_at.is_(None),
+    **QUEUED
+    | {
+        "failures": Job.failures + 1,
+        "run_after": db_now("run_after_seconds"),
+        "publish_at": db_now("publish_seconds"),
+    },
+)
+"""Made by `requeue`."""
+FAIL: Final = moving(
+    failures=Job.failures + 1,
+    error_code=bindparam("code"),
+    error_message=bindparam("message"),
+    error_param=bindparam("param"),
+    **ENDED,
+)
+"""Its parameters are of the error."""
+
+_RECORD: Final = insert(table(JobEvent))
 
 
 def move(
     session: Session,
+    how: Move,
     job_id: str,
     from_status: JobStatus,
     to_status: JobStatus,
-    *guards: ColumnElement[bool],
-    values: dict[str, Any],
+    *,
     reason: str | None,
+    **parameters: Any,
 ) -> Job | None:
-    """The one UPDATE of ``status``: guarded, recorded; ``None`` if a guard did not hold."""
-    job = session.scalars(
-        update(Job)
-        .where(Job.id == job_id, Job.status == from_status, *guards)
-        .values(status=to_status, **values)
-        .returning(Job),
-        execution_options={"synchronize_session": False, "populate_existing": True},
-    ).one_or_none()
-    if job is not None:
-        record(session, job, from_status, reason)
+    """Change ``status``, guarded, and record it; ``None`` if a guard did not hold.
+
+    `parameters` are what `how` has beside those of every move. The job is no object of the session:
+    it shows the row as this move left it.
+    """
+    parameters |= {"job_id": job_id, "from_status": from_status, "to_status": to_status}
+    row = fetch(session, how, parameters).one_or_none()
+    if row is None:
+        return None
+    job = Job(**dict(zip(_COLUMNS, row, strict=True)))
+    record(session, job, from_status, reason)
     return job
+
+
+def record(session: Session, job: Job, from_status: JobStatus | None, reason: str | None) -> None:
+    """Write the transition that brought `job` to its present status."""
+    session.execute(
+        _RECORD,
+        {
+            "tenant_id": job.tenant_id,
+            "job_id": job.id,
+            "from_status": from_status,
+            "to_status": job.status,
+            "attempt": job.attempt,
+            "worker": job.worker,
+            "reason": reason,
+        },
+    )
+
+
+_FAILURES: Final = select(Job.failures).where(Job.id == bindparam("job_id"))
 
 
 def requeue(
     session: Session,
+    how: Move,
     job_id: str,
-    guard: ColumnElement[bool],
+    *,
     reason: str,
     backoff_seconds: float,
+    **parameters: Any,
 ) -> Transition | None:
-    """A counted attempt is over: queue the job again if attempts are left, later each time."""
-    failures = session.scalar(select(Job.failures).where(Job.id == job_id)) or 0
+    """A counted attempt is over: queue the job again if attempts are left, later each time.
+
+    `how` is `REQUEUE` with the guards of the caller.
+    """
+    failures = session.scalar(_FAILURES, {"job_id": job_id}) or 0
     delay = min(backoff_seconds * 2**failures, max(backoff_seconds, LONGEST_BACKOFF))
     job = move(
         session,
+        how,
         job_id,
         JobStatus.RUNNING,
         JobStatus.QUEUED,
-        guard,
-        Job.failures + 1 < Job.max_attempts,
-        Job.cancel_requested_at.is_(None),
-        values={**queued_columns(delay), "failures": Job.failures + 1},
         reason=reason,
+        run_after_seconds=delay or None,  # at once: NULL
+        publish_seconds=delay or PUBLISH_GRACE_SECONDS,
+        **parameters,
     )
     # It is published by the maintenance loop, when its back-off is over.
     return None if job is None else Transition(job)
-
-
-def cancel_if_asked(session: Session, job_id: str, guard: ColumnElement[bool]) -> Job | None:
-    """End a running job that was asked to stop and has stopped, for whatever reason."""
-    return move(
-        session,
-        job_id,
-        JobStatus.RUNNING,
-        JobStatus.CANCELLED,
-        guard,
-        Job.cancel_requested_at.is_not(None),
-        values=ended_columns(),
-        reason="cancelled",
-    )
 
 
 def after_end(session: Session, job: Job) -> Transition:
@@ -113,25 +177,28 @@ def after_end(session: Session, job: Job) -> Transition:
     return Transition(job, queued=queued, events=[outbox.add_result(session, job)])
 
 
+_FIRST_UNFINISHED: Final = (
+    select(Job.id, Job.status)
+    .where(
+        Job.session_id == bindparam("session_id"),
+        Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
+    )
+    .order_by(Job.turn)
+    .limit(1)
+)
+
+
 def _release_next_turn(session: Session, session_id: str) -> Job | None:
     """Queue the session's first waiting turn, unless a turn is still to end (lock held)."""
-    unfinished = session.execute(
-        select(Job.id, Job.status)
-        .where(
-            Job.session_id == session_id,
-            Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
-        )
-        .order_by(Job.turn)
-        .limit(1)
-    ).one_or_none()
-    if unfinished is None or unfinished.status is not JobStatus.WAITING:
+    first = fetch(session, _FIRST_UNFINISHED, {"session_id": session_id}).one_or_none()
+    if first is None or first.status is not JobStatus.WAITING:
         return None
     return move(
         session,
-        unfinished.id,
+        QUEUE,
+        first.id,
         JobStatus.WAITING,
         JobStatus.QUEUED,
-        values=queued_columns(),
         reason="the earlier turn ended",
     )
 
@@ -146,32 +213,3 @@ def locked(session: Session, job: Job) -> Job:
         .with_for_update()
         .execution_options(populate_existing=True)
     ).one()
-
-
-def queued_columns(delay_seconds: float = 0.0) -> dict[str, Any]:
-    """Columns of a job that enters ``queued``, to run not before `delay_seconds` from now."""
-    return {
-        "worker": None,
-        "lease_expires_at": None,
-        "publishes": 0,
-        "run_after": db_now(delay_seconds) if delay_seconds else None,
-        "publish_at": db_now(delay_seconds or PUBLISH_GRACE_SECONDS),
-    }
-
-
-def ended_columns() -> dict[str, Any]:
-    """Columns of a job that enters a terminal state."""
-    return {
-        "finished_at": db_now(),
-        "lease_expires_at": None,
-        "publish_at": None,
-        "run_after": None,
-    }
-
-
-def error_columns(error: VisqError) -> dict[str, Any]:
-    return {
-        "error_code": error.code,
-        "error_message": error.message,
-        "error_param": error.param,
-    }

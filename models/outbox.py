@@ -7,13 +7,13 @@ behind (a crash, a broker that was away). A reserved row that is not deleted com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
-from models.database import db_now
-from models.tables import Job, Outbox, Tenant
+from models.database import db_now, fetch
+from models.tables import Job, Outbox, Tenant, table
 from models.views import job_view
 from visq.cloudevents import result_event
 from visq.ids import new_id
@@ -34,15 +34,17 @@ class OutboxEntry:
     payload: dict[str, Any]
 
 
+_TENANT_NAME: Final = select(Tenant.name).where(Tenant.id == bindparam("tenant_id"))
+_ADD: Final = insert(table(Outbox)).values(available_at=db_now("grace_seconds"))
+
+
 def add_result(session: Session, job: Job) -> OutboxEntry:
     """Write the event that `job` has ended."""
-    tenant = session.execute(select(Tenant.name).where(Tenant.id == job.tenant_id)).scalar_one()
+    tenant = fetch(session, _TENANT_NAME, {"tenant_id": job.tenant_id}).scalar_one()
     event_id = new_id("evt")
     event = result_event(event_id, tenant, job_view(job))
-    session.add(
-        Outbox(id=event_id, kind="result", payload=event, available_at=db_now(GRACE_SECONDS))
-    )
-    session.flush()
+    row = {"id": event_id, "kind": "result", "payload": event, "grace_seconds": GRACE_SECONDS}
+    session.execute(_ADD, row)
     return OutboxEntry(event_id, "result", event)
 
 
@@ -68,6 +70,10 @@ def reserve(session: Session, limit: int) -> list[OutboxEntry]:
     )
 
 
+_ENTRIES: Final = table(Outbox)
+_DELETE: Final = delete(_ENTRIES).where(_ENTRIES.c.id.in_(bindparam("entry_ids", expanding=True)))
+
+
 def done(session: Session, entry_ids: list[str]) -> None:
     """The entries were published and confirmed."""
-    session.execute(delete(Outbox).where(Outbox.id.in_(entry_ids)))
+    session.execute(_DELETE, {"entry_ids": entry_ids})

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy import bindparam, delete, exists, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from models.database import db_now
+from models.database import db_now, fetch
 from models.outcomes import Remembered, ShownPicture, Succeeded
-from models.tables import ChatSession, Job, Message
+from models.tables import ChatSession, Job, Message, table
 from visq import types
 from visq.errors import InvalidRequest, NotFound
 from visq.ids import new_id
@@ -42,14 +42,17 @@ def get(session: Session, session_id: str) -> ChatSession:
     return row
 
 
+_LOCK: Final = (
+    select(ChatSession)
+    .where(ChatSession.id == bindparam("session_id"))
+    .with_for_update()
+    .execution_options(populate_existing=True)
+)
+
+
 def lock(session: Session, session_id: str) -> ChatSession:
     """Take the session's lock until the end of the transaction, deleted or not."""
-    return session.scalars(
-        select(ChatSession)
-        .where(ChatSession.id == session_id)
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    ).one()
+    return session.scalars(_LOCK, {"session_id": session_id}).one()
 
 
 def next_turn(session: Session, session_id: str) -> tuple[int, bool]:
@@ -73,18 +76,24 @@ def next_turn(session: Session, session_id: str) -> tuple[int, bool]:
     return turn, bool(session.scalar(select(unfinished)))
 
 
+_HISTORY: Final = (
+    select(Message.role, Message.content, Message.token_ids, Message.tokenizer, Message.pictures)
+    .where(Message.session_id == bindparam("session_id"), Message.turn < bindparam("before_turn"))
+    .order_by(Message.turn, Message.position)
+)
+
+
 def history(session: Session, session_id: str, before_turn: int) -> list[Remembered]:
     """What the model sees of the turns before `before_turn`: those that succeeded, in order."""
-    rows = session.scalars(
-        select(Message)
-        .where(Message.session_id == session_id, Message.turn < before_turn)
-        .order_by(Message.turn, Message.position)
-    )
+    rows = fetch(session, _HISTORY, {"session_id": session_id, "before_turn": before_turn})
     return [
-        Remembered(message, row.token_ids, row.tokenizer, _pictures(row, message))
-        for row in rows
-        for message in [types.Message.model_validate({"role": row.role, "content": row.content})]
+        Remembered(message, token_ids, tokenizer, _pictures(pictures, message))
+        for role, content, token_ids, tokenizer, pictures in rows
+        for message in [types.Message.model_validate({"role": role, "content": content})]
     ]
+
+
+_APPEND: Final = insert(table(Message))
 
 
 def append(session: Session, conversation: ChatSession, job: Job, end: Succeeded) -> None:
@@ -94,24 +103,26 @@ def append(session: Session, conversation: ChatSession, job: Job, end: Succeeded
     if conversation.deleted_at is not None:
         return
     answer = len(end.messages) - 1
+    added = []
     for position, message in enumerate(end.messages):
         token_ids = end.answer_ids if position == answer else None
         content = [part.model_dump(mode="json", exclude_none=True) for part in message.parts()]
-        session.add(
-            Message(
-                tenant_id=job.tenant_id,
-                session_id=conversation.id,
-                turn=job.turn,
-                position=position,
-                role=message.role,
-                content=content,
-                token_ids=token_ids,
-                tokenizer=None if token_ids is None else end.tokenizer,
-                pictures=_as_json(message, end.pictures),
-                job_id=job.id,
-            )
+        added.append(
+            {
+                "tenant_id": job.tenant_id,
+                "session_id": conversation.id,
+                "turn": job.turn,
+                "position": position,
+                "role": message.role,
+                "content": content,
+                "token_ids": token_ids,
+                "tokenizer": None if token_ids is None else end.tokenizer,
+                "pictures": _as_json(message, end.pictures),
+                "job_id": job.id,
+            }
         )
-    session.flush()
+    if added:
+        session.execute(_APPEND, added)
 
 
 def fork(session: Session, session_id: str, at_turn: int | None) -> ChatSession:
@@ -166,9 +177,9 @@ def forget(session: Session, row: ChatSession) -> None:
     session.flush()
 
 
-def _pictures(row: Message, message: types.Message) -> list[ShownPicture | None]:
-    """What `row` keeps, one for each image part; nothing of a turn from before it was kept."""
-    kept = row.pictures or [None] * len(_images(message))
+def _pictures(kept: list[Any] | None, message: types.Message) -> list[ShownPicture | None]:
+    """What is kept of each image part; nothing of a turn from before it was kept."""
+    kept = kept or [None] * len(_images(message))
     return [None if fields is None else ShownPicture(**fields) for fields in kept]
 
 

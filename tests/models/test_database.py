@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from migrations import run as migrations
 from models import jobs, reading
 from models.database import AsyncDatabase, Database
+from models.outcomes import Cancelled, Claim
 from models.tables import Job, Tenant
-from tests.models.conftest import World
+from tests.models.conftest import World, answered
 from visq.errors import ConfigurationError, NotFound, Unavailable
 
 
@@ -37,6 +38,27 @@ async def test_every_orm_statement_of_a_tenant_is_scoped_to_it(
         await foreign.run(jobs.cancel, job.id)
     assert (await mine.read(jobs.get, job.id)).id == job.id
     assert (await database.read(jobs.get, job.id)).meta == {}
+    await database.close()
+
+
+async def test_transitions_of_a_tenant_are_scoped_to_it(world: World, database_url: str) -> None:
+    first = world.submit(session={})
+    second = world.submit(session_id=first.session_id)
+    other = world.database.run(reading.ensure_tenants, ["other"])["other"]
+    database = AsyncDatabase(database_url)
+    mine, foreign = database.for_tenant(world.tenant_id), database.for_tenant(other)
+
+    assert await foreign.run(jobs.claim, first.id, worker="w", lease_seconds=30) is None
+    work = await mine.run(jobs.claim, first.id, worker="w", lease_seconds=30)
+    assert work is not None
+    assert await foreign.run(jobs.renew, [work.claim], lease_seconds=30) == []
+    lost = Claim(first.id, work.claim.attempt, None)
+    assert await foreign.run(jobs.finish, lost, Cancelled()) is None
+    ended = await mine.run(jobs.finish, work.claim, answered(work, "a cat"))
+    assert ended is not None
+    assert [queued.id for queued in ended.queued] == [second.id]
+    assert (await mine.run(jobs.cancel, second.id)).job.status == "cancelled"
+    assert world.statuses() == ["succeeded", "cancelled"]
     await database.close()
 
 
