@@ -5,7 +5,7 @@ One thread owns the model. Each round of its loop::
     take in     requests that were prepared, cancels, pictures that were prepared again
     plan        which tokens of which sequences come next           (worker.engine.scheduler)
     launch      encode pictures, forward pass, sampling             (worker.engine.runner)
-    finish      the tokens of the step before: text, stops, events  (worker.engine.generation)
+    finish      the tokens of the step before: text, stops, events  (worker.engine.collecting)
 
 With `overlap`, a step is launched before the one before it is finished, so that the device never
 waits for the host; a sequence that has stopped is then computed once too often, and its surplus
@@ -17,27 +17,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
 from visq.errors import EngineCrashed, EngineError, VisqError
 from worker.engine.adapters import Adapters
 from worker.engine.attention import NAME
 from worker.engine.blocks import BlockPool
+from worker.engine.collecting import Collector, keep_prompt_logits
 from worker.engine.config import EngineConfig
 from worker.engine.face import (
     EngineInfo,
     EngineRequest,
     Event,
     Failed,
-    Finished,
     Handle,
     Logprobs,
     Outcome,
@@ -57,9 +55,6 @@ from worker.engine.stats import Counters, EngineStats
 from worker.engine.vision import VisionCache
 
 logger = logging.getLogger(__name__)
-
-PPL_ROWS: Final = 256
-"""Tokens of a prompt whose likelihoods are computed at a time; bounds the memory for it."""
 
 IDLE_LOOK: Final = 0.1
 """Seconds between two looks at deadlines while nothing is computed."""
@@ -101,6 +96,7 @@ class NativeEngine:
         if self._overlap is None:
             self._overlap = loaded.device.type == "cuda"
         self._counters = Counters()
+        self._collector = Collector(self._counters, self._scheduler.add)
         self._running: dict[Task, Running] = {}
         self._owners: dict[Sequence, tuple[Running, Generation]] = {}
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -294,8 +290,9 @@ class NativeEngine:
         """Give their slots to those that were admitted, though their chunk may come later."""
         for sequence in step.admitted:
             if sequence.slot >= 0:
-                generation = self._owners[sequence][1]
-                self._sampler.begin(sequence.slot, generation.params, generation.generated_ids)
+                running, generation = self._owners[sequence]
+                with self._failing(running):
+                    self._sampler.begin(sequence.slot, generation.params, generation.generated_ids)
 
     def _launch(self, step: Step) -> Launched | None:
         try:
@@ -323,10 +320,10 @@ class NativeEngine:
             if not self._scheduler.shrink(step):
                 self._fail(step, EngineCrashed("the engine ran out of memory in this request"))
             return None
-        except Exception:
+        except Exception as error:
             logger.exception("a step of %d sequences has failed", len(step.chunks))
             if not self._scheduler.suspect(step):
-                self._fail(step, _failure())
+                self._fail(step, error if isinstance(error, VisqError) else _failure())
             return None
         self._scheduler.launched(step)
         return launched
@@ -342,14 +339,9 @@ class NativeEngine:
             if chunk.sequence.ended:
                 continue  # with another choice of its request
             running, generation = self._owners[chunk.sequence]
-            try:
+            with self._failing(running):
                 if chunk.samples:
                     rows[chunk.sequence] = generation.row()
-            except VisqError as error:
-                self._end_request(running, Failed(error))
-            except Exception:
-                logger.exception("request %s failed", running.task.request.id)
-                self._end_request(running, Failed(_failure()))
         step.keep(lambda chunk: not chunk.sequence.ended)
         return [rows[chunk.sequence] for chunk in step.chunks if chunk.samples]
 
@@ -368,12 +360,9 @@ class NativeEngine:
         for sequence, start, of_prompt in launched.prompt_logits:
             if sequence not in self._owners:
                 continue
-            try:
-                self._keep_prompt_logits(sequence, start, of_prompt)
-            except Exception:
-                running, _ = self._owners[sequence]
-                logger.exception("request %s failed", running.task.request.id)
-                self._end_request(running, Failed(_failure()))
+            running, _ = self._owners[sequence]
+            with self._failing(running):
+                keep_prompt_logits(running, sequence, start, of_prompt)
         for row, sequence in enumerate(launched.sampling):
             if sequence.ended:
                 continue  # it has stopped: this token is one too many
@@ -382,15 +371,10 @@ class NativeEngine:
             if generation.keep_logits and launched.logits is not None:
                 # (On the CPU, a mere view would keep the rows of the whole batch.)
                 logits = launched.logits[row].cpu().numpy().copy()
-            try:
+            with self._failing(running):
                 if row in failed:
                     raise failed[row]
-                self._take(running, generation, tokens[row], logprobs.get(row), logits)
-            except VisqError as error:
-                self._end_request(running, Failed(error))
-            except Exception:
-                logger.exception("request %s failed", running.task.request.id)
-                self._end_request(running, Failed(_failure()))
+                self._collector.take(running, generation, tokens[row], logprobs.get(row), logits)
         self._scheduler.finished(launched.step)
         for sequence in launched.sampling:
             if sequence.ended and sequence in self._owners:
@@ -398,69 +382,18 @@ class NativeEngine:
                 if self._scheduler.knows(sequence):
                     self._scheduler.remove(sequence)
                 if all(generation.choice is not None for generation in running.generations):
-                    self._end_request(running, self._outcome(running))
+                    self._end_request(running, self._collector.finish(running))
 
-    def _take(
-        self,
-        running: Running,
-        generation: Generation,
-        token: int,
-        logprobs: Logprobs | None,
-        logits: NDArray[np.float32] | None,
-    ) -> None:
-        """Add a sampled token to an answer."""
-        self._counters.generated_tokens += 1
-        if running.first_token_at is None:
-            now = running.first_token_at = time.monotonic()
-            self._counters.first_token.observe(now - running.task.submitted)
-            for other in running.generations[1:]:
-                # The prompt is in the cache: there the other choices find it.
-                self._scheduler.add(other.sequence)
-        generation.sequence.wants_prompt_logits = False  # they are all there
-        event = generation.take(token, logprobs, logits)
-        if event is not None:
-            running.task.handle.publish(event)
-        if generation.stopped:
-            self._complete(running, generation)
-
-    def _complete(self, running: Running, generation: Generation) -> None:
-        prompt_logits = None
-        if running.prompt_logits:
-            prompt_logits = np.concatenate(
-                [running.prompt_logits[start] for start in sorted(running.prompt_logits)]
-            )
-        event = generation.finish(prompt_logits)
-        if event is not None:
-            running.task.handle.publish(event)
-        # Its blocks are given back after `finished` has made them known by their content.
-        generation.sequence.ended = True
-
-    def _outcome(self, running: Running) -> Outcome:
-        choices = [generation.choice for generation in running.generations]
-        ppl = None
-        if running.task.request.gen_config.return_ppl and running.nll:
-            ppl = sum(running.nll.values()) / len(running.nll)
-        return Finished(
-            tuple(choice for choice in choices if choice is not None),
-            running.prompt_tokens,
-            running.first.cached_tokens,
-            ppl,
-        )
-
-    def _keep_prompt_logits(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
-        running, _ = self._owners[sequence]
-        config = running.task.request.gen_config
-        if config.output_logits == "all":
-            if start == 0:
-                # After a preemption the prompt comes once more, perhaps in other chunks.
-                running.prompt_logits.clear()
-            running.prompt_logits[start] = logits.cpu().numpy()
-        if config.return_ppl:
-            targets = sequence.token_ids[start + 1 : sequence.prompt_tokens][: len(logits)]
-            for first in range(0, len(targets), PPL_ROWS):  # each part is copied by log_softmax
-                part = torch.tensor(targets[first : first + PPL_ROWS], device=logits.device)
-                losses = cross_entropy(logits[first : first + len(part)], part, reduction="none")
-                running.nll.update(enumerate(losses.tolist(), start + first))
+    @contextmanager
+    def _failing(self, running: Running) -> Iterator[None]:
+        """What is raised inside ends this request, and no other."""
+        try:
+            yield
+        except VisqError as error:
+            self._end_request(running, Failed(error))
+        except Exception:
+            logger.exception("request %s failed", running.task.request.id)
+            self._end_request(running, Failed(_failure()))
 
     def _end_request(self, running: Running, outcome: Outcome) -> None:
         """Publish the outcome and give everything back."""
@@ -472,12 +405,6 @@ class NativeEngine:
             del self._owners[sequence]
             if self._scheduler.knows(sequence):
                 self._scheduler.remove(sequence)
-        if isinstance(outcome, Finished):
-            self._counters.finished += 1
-            after_first = max(len(choice.token_ids) for choice in outcome.choices) - 1
-            if running.first_token_at is not None and after_first > 0:
-                took = time.monotonic() - running.first_token_at
-                self._counters.per_token.observe(took / after_first)
         if (adapter := running.first.adapter) is not None:
             self._adapters.release(adapter)
         running.task.handle.publish(outcome)

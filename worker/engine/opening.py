@@ -11,6 +11,7 @@ from worker.engine.families import family_of
 from worker.engine.generate import GenerateEngine
 from worker.engine.loading import load
 from worker.engine.native import NativeEngine
+from worker.engine.probe import refusal
 
 LocalEngine: TypeAlias = NativeEngine | GenerateEngine
 """An engine in this process."""
@@ -29,12 +30,15 @@ def open_engine(config: EngineConfig) -> LocalEngine:
     family = None
     if config.engine != "generate":
         family = family_of(loaded.model, loaded.processor)
+    if family is not None and (reason := refusal(loaded, family)) is not None:
+        logger.warning("the model %s runs on transformers' generate: %s", loaded.name, reason)
+        family = None
     if family is not None:
         return NativeEngine(loaded, family, config)
     if config.engine == "native":
         raise ConfigurationError(
-            f"VISQ_MODEL={config.model}: the native engine does not know models of type "
-            f"{loaded.model.config.model_type}; use the engine `generate`"
+            f"VISQ_MODEL={config.model}: the native engine cannot serve this model of type "
+            f"{loaded.model.config.model_type} (the log says why); use the engine `generate`"
         )
     if config.adapters:
         raise ConfigurationError(

@@ -100,7 +100,7 @@ class Sampler:
 
     @torch.no_grad()
     def begin(self, slot: int, params: SamplingParams, generated: Sequence[int] = ()) -> None:
-        """Give `slot` to a sequence.
+        """Give `slot` to a sequence; whoever had it has it no longer.
 
         :param generated: the tokens that it has already, if it goes on after a preemption.
         """
@@ -114,10 +114,6 @@ class Sampler:
         self._seen[slot] = False
         if generated:
             self._seen[slot].index_fill_(0, self._upload(sorted(set(generated))), True)
-
-    def end(self, slot: int) -> None:
-        """Take `slot` back."""
-        del self._params[slot]
 
     @torch.no_grad()
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:

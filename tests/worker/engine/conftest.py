@@ -9,7 +9,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from tests.worker.engine.families.models import FAMILIES
 from tests.worker.engine.models import save_text_model, save_vision_model
+from tests.worker.engine.native_engines import SIZES, pixels
 from visq.pixels import PixelBuffer
 from worker.engine.config import EngineConfig
 from worker.engine.opening import LocalEngine, open_engine
@@ -73,4 +75,17 @@ def picture() -> Iterator[Callable[[int], PixelBuffer]]:
 
     yield make
     for buffer in made:
+        buffer.release()
+
+
+@pytest.fixture(scope="session")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILIES["internvl"](tmp_path_factory.mktemp("internvl"))
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Iterator[list[PixelBuffer]]:
+    buffers = [PixelBuffer.create(pixels(seed), f"{seed:064x}") for seed in range(len(SIZES))]
+    yield buffers
+    for buffer in buffers:
         buffer.release()

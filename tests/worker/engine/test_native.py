@@ -7,43 +7,30 @@ prefix hits and steps launched ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from transformers import AutoConfig
 
 from tests.worker.engine.asking import ask, failed, finished
-from tests.worker.engine.families.models import FAMILIES, load, reference, takes_images
-from visq.errors import ImageNotFound, VisqError
-from visq.pixels import PixelBuffer
-from worker.engine.attention.cache import bytes_per_block
-from worker.engine.config import EngineConfig
-from worker.engine.face import EngineRequest, Failed, Handle, KnownImage
-from worker.engine.native import NativeEngine
-from worker.engine.opening import open_engine
-
-SIZES = ((40, 50), (64, 30), (90, 100), (33, 33), (20, 70))
-"""Height and width of the pictures."""
-
-BATCH: tuple[tuple[str, tuple[int, ...], int], ...] = (
-    ("Hello", (), 5),
-    ("What is this?", (0,), 24),
-    ("Compare.", (1, 2), 17),
-    ("x " * 25, (), 24),
-    ("What is that?", (3,), 9),
-    ("All of them!", (0, 1, 2, 4), 24),
-    ("What is this?", (1,), 24),
-    ("What is this?", (0,), 12),
+from tests.worker.engine.families.models import FAMILIES, takes_images
+from tests.worker.engine.native_engines import (
+    BATCH,
+    assert_nothing_is_held,
+    batch,
+    engine_for,
+    expected,
+    known,
+    longest,
+    pixels,
 )
-"""Text, pictures (indices of `SIZES`), length of the answer."""
+from visq.errors import ImageNotFound
+from visq.pixels import PixelBuffer
+from visq.types import Message
+from worker.engine.face import Failed, Handle
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "all at once": {},
@@ -59,86 +46,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FAMILIES["internvl"](tmp_path_factory.mktemp("internvl"))
-
-
-@pytest.fixture(scope="module")
-def pictures() -> Iterator[list[PixelBuffer]]:
-    buffers = [PixelBuffer.create(pixels(seed), f"{seed:064x}") for seed in range(len(SIZES))]
-    yield buffers
-    for buffer in buffers:
-        buffer.release()
-
-
-def pixels(seed: int) -> NDArray[np.uint8]:
-    height, width = SIZES[seed]
-    random = np.random.default_rng(seed)
-    coarse = random.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3))
-    return coarse.repeat(8, 0).repeat(8, 1)[:height, :width].astype(np.uint8)
-
-
-def batch(folder: Path, pictures: list[PixelBuffer], **fields: Any) -> list[EngineRequest]:
-    shown = takes_images(folder)
-    return [
-        ask(text, *(pictures[i] for i in indices if shown), max_new_tokens=length, **fields)
-        for text, indices, length in BATCH
-    ]
-
-
-_EXPECTED: dict[Path, list[list[int]]] = {}
-
-
-def expected(folder: Path, pictures: list[PixelBuffer]) -> list[list[int]]:
-    if folder not in _EXPECTED:
-        _EXPECTED[folder] = [
-            reference(folder, each.messages, each.images, each.gen_config.max_new_tokens or 0)
-            for each in batch(folder, pictures)
-        ]
-    return _EXPECTED[folder]
-
-
-_LONGEST: dict[Path, int] = {}
-
-
-def longest(folder: Path, pictures: list[PixelBuffer]) -> int:
-    """Most tokens of a prompt and its answer."""
-    if folder not in _LONGEST:
-        engine = engine_for(folder)
-        answers = [engine.submit(request).result() for request in batch(folder, pictures)]
-        engine.close()
-        _LONGEST[folder] = max(
-            finished(answer).prompt_tokens + length
-            for answer, (_, _, length) in zip(answers, BATCH, strict=True)
-        )
-    return _LONGEST[folder]
-
-
-def engine_for(folder: Path, *, blocks: int | None = None, **fields: Any) -> NativeEngine:
-    config = EngineConfig(model=str(folder), device="cpu", engine="native", **fields)
-    if blocks is not None:
-        text = AutoConfig.from_pretrained(folder).get_text_config()
-        nbytes = bytes_per_block(
-            layers=text.num_hidden_layers,
-            block_size=config.block_size,
-            kv_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None)
-            or text.hidden_size // text.num_attention_heads,
-            dtype=load(folder)[0].dtype,
-        )
-        config = replace(config, kv_cache_bytes=blocks * nbytes)
-    engine = open_engine(config)
-    assert isinstance(engine, NativeEngine)
-    return engine
-
-
-def assert_nothing_is_held(engine: NativeEngine) -> None:
-    stats = engine.stats()
-    assert (stats.queued, stats.waiting, stats.running, stats.held_blocks) == (0, 0, 0, 0)
-    assert stats.available_blocks == stats.total_blocks
 
 
 def test_the_reference_varies_and_sees_its_pictures(
@@ -265,8 +172,6 @@ def test_a_broken_picture_fails_its_own_request_only(
 def test_the_exact_tokens_of_a_former_answer_make_the_next_turn_a_prefix_hit(
     internvl: Path, pictures: list[PixelBuffer]
 ) -> None:
-    from visq.types import Message
-
     engine = engine_for(internvl, block_size=4)
     try:
         first = ask("What is this?", pictures[0], max_new_tokens=12, ignore_eos=True)
@@ -286,18 +191,6 @@ def test_the_exact_tokens_of_a_former_answer_make_the_next_turn_a_prefix_hit(
         assert second.cached_tokens >= known - 1 - 4
     finally:
         engine.close()
-
-
-def known(picture: PixelBuffer, loads: list[str], error: VisqError | None = None) -> KnownImage:
-    """`picture` as one that was shown before; `loads` notes when its pixels are asked for."""
-
-    def load() -> PixelBuffer:
-        loads.append(picture.sha256)
-        if error is not None:
-            raise error
-        return picture
-
-    return KnownImage(picture.sha256, picture.height, picture.width, load)
 
 
 @pytest.mark.parametrize("cache", ["prefix", "vision"])
@@ -347,66 +240,6 @@ def test_a_known_picture_that_cannot_be_loaded_fails_its_own_request(
         assert failed(bad.result()).error is gone
         finished(good.result())
         assert_nothing_is_held(engine)
-    finally:
-        engine.close()
-
-
-@dataclass
-class Faulty:
-    """A decoder that fails as a real one may: by what is in a step, or by its size."""
-
-    decoder: Any
-    poison: float | None = None
-    """A position that it cannot bear."""
-    memory: int = 10**9
-    """Tokens that it has memory for."""
-
-    def __call__(self, *, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
-        if self.poison is not None and (kwargs["position_ids"] == self.poison).any():
-            raise RuntimeError("poison")
-        if inputs_embeds.shape[1] > self.memory:
-            raise torch.OutOfMemoryError("no memory")
-        return self.decoder(inputs_embeds=inputs_embeds, **kwargs)
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_request_that_the_model_cannot_bear_is_found_and_fails_alone(
-    internvl: Path, pictures: list[PixelBuffer], overlap: bool
-) -> None:
-    engine = engine_for(internvl, overlap=overlap, max_step_tokens=4096)
-    poisonous = longest(internvl, pictures) + 10
-    engine._family.decoder = Faulty(engine._family.decoder, poison=poisonous)
-    try:
-        handles = [engine.submit(request) for request in batch(internvl, pictures)]
-        poison = engine.submit(ask("x" * (poisonous + 1)))
-        answers = [finished(handle.result()).token_ids for handle in handles]
-        assert answers == expected(internvl, pictures)
-        failed(poison.result())
-        assert_nothing_is_held(engine)
-    finally:
-        engine.close()
-
-
-def test_steps_shrink_until_the_memory_is_enough(
-    internvl: Path, pictures: list[PixelBuffer]
-) -> None:
-    engine = engine_for(internvl, block_size=8, max_step_tokens=4096)
-    engine._family.decoder = Faulty(engine._family.decoder, memory=20)
-    try:
-        handles = [engine.submit(request) for request in batch(internvl, pictures)]
-        answers = [finished(handle.result()).token_ids for handle in handles]
-        assert answers == expected(internvl, pictures)
-        assert_nothing_is_held(engine)
-    finally:
-        engine.close()
-
-
-def test_a_request_that_no_memory_is_enough_for_fails_retryably(internvl: Path) -> None:
-    engine = engine_for(internvl)
-    engine._family.decoder = Faulty(engine._family.decoder, memory=0)
-    try:
-        assert failed(engine.submit(ask()).result()).error.retryable
-        assert engine.alive
     finally:
         engine.close()
 

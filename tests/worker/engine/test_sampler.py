@@ -326,7 +326,6 @@ def test_a_sequence_goes_on_after_a_preemption_as_without(
         tokens: list[int] = []
         for step, row in enumerate(logits):
             if step == preempted_at:
-                sampler.end(slot)
                 slot = 1
                 sampler.begin(slot, params, tokens)
             sampled = sampler.sample(torch.tensor([row]), [SampleRow(slot, step)])
@@ -344,7 +343,6 @@ def test_the_next_owner_of_a_slot_inherits_no_tokens() -> None:
     sampler.begin(0, penalised, [1, 2, 4])
     assert sampler.sample(logits - 0.5, [SampleRow(0, 3)]).token_ids.tolist() == [4]
     assert sampler.sample(logits - 2, [SampleRow(0, 4)]).token_ids.tolist() == [3]
-    sampler.end(0)
     sampler.begin(0, penalised)
     assert sampler.sample(logits - 2, [SampleRow(0, 0)]).token_ids.tolist() == [4]
 

@@ -47,6 +47,10 @@ def test_messages_beyond_the_running_jobs_stay_in_the_broker_for_other_workers(
     settings = Settings.model_validate({"broker_url": broker_url, "redis_url": redis_url})
     app = make_app(settings)
     lanes = [Lane.STANDARD, Lane.BATCH]
+    with Connection(broker_url) as connection:
+        for lane in lanes:  # other tests use the same server
+            app.amqp.queues[queue_name(lane)](connection.default_channel).declare()
+            connection.default_channel.queue_purge(queue_name(lane))
     for lane in lanes:
         for number in range(6):
             app.send_task(RUN_TASK, [[f"{lane.value} {number}"]], queue=queue_name(lane))

@@ -40,4 +40,4 @@ class StepContext:
     """``(decodes, 1, 1, width * block_size)`` bool: which tokens of its blocks each may see."""
     prefills: Sequence[Prefill] = field(default_factory=tuple)
     calls: int = 0
-    """Layers that have run; a model whose layers do not all come by cannot be served."""
+    """Layers that have run (`worker.engine.probe` compares)."""

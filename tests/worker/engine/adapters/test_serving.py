@@ -16,15 +16,15 @@ from torch import nn
 from tests.worker.engine.adapters.trained import CONFIGS, adapted, save, save_all
 from tests.worker.engine.asking import ask, failed, finished
 from tests.worker.engine.families.models import FAMILIES, load, reference, takes_images
-from tests.worker.engine.test_native import (
+from tests.worker.engine.native_engines import (
     BATCH,
-    SCHEDULES,
     SIZES,
     assert_nothing_is_held,
     engine_for,
     longest,
     pixels,
 )
+from tests.worker.engine.test_native import SCHEDULES
 from visq.errors import AdapterNotFound, ConfigurationError, EngineError
 from visq.pixels import PixelBuffer
 from worker.engine.adapters import LoraLinear
