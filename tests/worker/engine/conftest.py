@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 from tests.worker.engine.families.models import FAMILIES
 from tests.worker.engine.models import save_text_model, save_vision_model
@@ -15,6 +16,13 @@ from tests.worker.engine.native_engines import SIZES, pixels
 from visq.pixels import PixelBuffer
 from worker.engine.config import EngineConfig
 from worker.engine.opening import LocalEngine, open_engine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The tiny models' answers are compared token for token, and with another number of threads
+    sums are rounded otherwise. (Loading a small model sets it too, in the middle of everything.)"""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

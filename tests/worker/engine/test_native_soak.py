@@ -55,6 +55,7 @@ def test_a_thousand_requests_that_end_in_every_way_leave_nothing_behind(
     engine: NativeEngine,
 ) -> None:
     chance = random.Random(1)
+    before = alive(Sequence, PreparedImage, ImageFeatures)  # of engines that other tests share
     array = np.random.default_rng(0).integers(0, 255, (12, 40, 50, 3)).astype(np.uint8)
     pictures = [PixelBuffer.create(each, f"{i:064x}") for i, each in enumerate(array)]
     finished(engine.submit(ask("warm", pictures[0])).result())
@@ -94,7 +95,14 @@ def test_a_thousand_requests_that_end_in_every_way_leave_nothing_behind(
     assert threading.active_count() == threads
     # What depends on a picture's size only is remembered, once for the one size here.
     left = {"Sequence": 0, "PreparedImage": 1, "ImageFeatures": stats.vision_bytes // 512}
-    until(lambda: alive(Sequence, PreparedImage, ImageFeatures) == left, 10, "all of them to go")
+    until(
+        lambda: (
+            alive(Sequence, PreparedImage, ImageFeatures)
+            == {name: before[name] + count for name, count in left.items()}
+        ),
+        10,
+        "all of them to go",
+    )
 
 
 def test_memory_stays_flat_over_ten_thousand_small_requests(text_model: Path) -> None:
