@@ -91,7 +91,7 @@ def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FAMILIES["internvl"](tmp_path_factory.mktemp("internvl"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: others look at what is in shared memory
 def pictures() -> Iterator[list[PixelBuffer]]:
     buffers = [PixelBuffer.create(pixels(seed), f"{seed:064x}") for seed in range(len(SIZES))]
     yield buffers
