@@ -58,15 +58,9 @@ class GenerateEngine:
 
     @property
     def info(self) -> EngineInfo:
-        loaded = self._loaded
-        return EngineInfo(
-            model=loaded.name,
+        return self._loaded.info(
             engine="generate",
-            device=loaded.device.type,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            load_seconds=loaded.load_seconds,
-            max_context=loaded.max_context,
-            tokenizer=loaded.tokenizer_key,
+            max_context=self._loaded.max_context,
             capacity=2,  # so that the next one's pictures are fetched meanwhile
         )
 

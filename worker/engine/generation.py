@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,6 @@ class Generation:
             if self.logits:
                 parts.append(np.stack(self.logits))
             logits = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-            choice = Choice(
-                choice.text, choice.finish_reason, choice.token_ids, choice.logprobs, logits
-            )
+            choice = replace(choice, logits=logits)
         self.choice = choice
         return event

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 
 from visq.errors import ConfigurationError
 from worker.engine.config import EngineConfig
+from worker.engine.face import EngineInfo
 from worker.engine.families.processors import load_processor
 from worker.engine.loaders import internvl2
 
@@ -62,6 +63,19 @@ class LoadedModel:
     """Tokens at which the model itself ends an answer."""
     max_context: int
     load_seconds: float
+
+    def info(self, *, engine: str, max_context: int, capacity: int) -> EngineInfo:
+        """What an engine says of itself that serves this model."""
+        return EngineInfo(
+            model=self.name,
+            engine=engine,
+            device=self.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            load_seconds=self.load_seconds,
+            max_context=max_context,
+            capacity=capacity,
+            tokenizer=self.tokenizer_key,
+        )
 
 
 def load(config: EngineConfig) -> LoadedModel:

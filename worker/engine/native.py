@@ -122,16 +122,10 @@ class NativeEngine:
 
     @property
     def info(self) -> EngineInfo:
-        loaded = self._loaded
-        return EngineInfo(
-            model=loaded.name,
+        return self._loaded.info(
             engine="native",
-            device=loaded.device.type,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            load_seconds=loaded.load_seconds,
             max_context=self._sizes.max_context,
             capacity=2 * self._sizes.limits.max_sequences,
-            tokenizer=loaded.tokenizer_key,
         )
 
     @property

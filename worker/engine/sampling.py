@@ -9,7 +9,7 @@ words.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers import GenerationConfig as HFGenerationConfig
@@ -24,9 +24,7 @@ from visq.errors import AdapterNotFound, InvalidRequest, UnsupportedParameter
 from visq.types import GenerationConfig
 from worker.engine.bad_words import BadWords
 from worker.engine.face import EngineRequest
-
-COLDEST: Final = 1e-5
-"""Temperatures below mean greedy."""
+from worker.engine.params import COLDEST
 
 
 def check(request: EngineRequest, vocab_size: int) -> None:
