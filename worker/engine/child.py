@@ -16,7 +16,6 @@ import sys
 import threading
 from functools import partial
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from visq import logs
@@ -24,11 +23,11 @@ from visq.errors import ConfigurationError
 from worker.engine.config import EngineConfig
 from worker.engine.face import Event, Handle, TokenEvent
 from worker.engine.lending import Borrower
+from worker.engine.postbox import Postbox
 from worker.engine.wire import (
     ALIVE_SECONDS,
     Alive,
     Cancel,
-    Happened,
     LoadFailed,
     Pixels,
     Ready,
@@ -60,7 +59,7 @@ def main(connection: Connection[Any, ToEngine], config: EngineConfig, owner: int
 class _Server:
     def __init__(self, connection: Connection[Any, ToEngine]) -> None:
         self._connection = connection
-        self._outbox: SimpleQueue[object] = SimpleQueue()
+        self._outbox = Postbox()
         self._handles: dict[int, Handle] = {}
         self._borrower = Borrower(self._outbox.put)
         self._report_waits = False
@@ -104,7 +103,7 @@ class _Server:
 
     def _relay(self, number: int, event: Event) -> None:
         self._relayed += 1
-        self._outbox.put(Happened(number, event))
+        self._outbox.happened(number, event)
         if not isinstance(event, TokenEvent):
             self._handles.pop(number, None)
             self._borrower.ended(number)
@@ -126,10 +125,10 @@ class _Server:
         """In a thread of its own, so that a full pipe stops neither the model nor `_receive`: with
         both ends waiting to send, nobody would read."""
         while True:
-            message = self._outbox.get()
-            self._send(message)
-            if isinstance(message, Alive):
-                self._report_waits = False
+            for message in self._outbox.take():
+                self._send(message)
+                if isinstance(message, Alive):
+                    self._report_waits = False
 
     def _send(self, message: object) -> None:
         try:

@@ -228,8 +228,12 @@ class Engine(Protocol):
     def alive(self) -> bool:
         """Whether requests are being answered right now."""
 
-    def submit(self, request: EngineRequest) -> Handle:
-        """Take a request; never raises for its content: that ends as a `Failed` event."""
+    def submit(self, request: EngineRequest, sink: Callable[[Event], None] | None = None) -> Handle:
+        """Take a request; never raises for its content: that ends as a `Failed` event.
+
+        :param sink: takes the events in place of the handle's iterator, in a thread of the engine:
+            it must be quick, must not raise, and must not call the engine.
+        """
 
     def stats(self) -> EngineStats | None:
         """What it holds and has done; ``None`` if it does not count, or is down."""

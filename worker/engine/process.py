@@ -18,6 +18,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
@@ -34,6 +35,7 @@ from worker.engine.config import EngineConfig
 from worker.engine.face import (
     EngineInfo,
     EngineRequest,
+    Event,
     Failed,
     Handle,
     KnownImage,
@@ -139,9 +141,9 @@ class ProcessEngine:
         alive = self._alive
         return None if alive is None else alive.stats
 
-    def submit(self, request: EngineRequest) -> Handle:
+    def submit(self, request: EngineRequest, sink: Callable[[Event], None] | None = None) -> Handle:
         number = next(self._numbers)
-        handle = Handle(lambda: self._cancel(number))
+        handle = Handle(lambda: self._cancel(number), sink)
         with self._lock:
             if self._gave_up or self._closing.is_set():
                 handle.publish(Failed(EngineCrashed(DOWN)))
@@ -256,12 +258,7 @@ class ProcessEngine:
             if isinstance(message, PixelsNeeded):
                 self._lend(message, outbox)
                 continue
-            with self._lock:
-                request = self._open.get(message.number)
-                if request is not None and not isinstance(message.event, TokenEvent):
-                    del self._open[message.number]
-            if request is not None:
-                request.handle.publish(message.event)
+            self._hand_out(message)
         gone.set()
         with self._lock:
             self._outbox = None
@@ -271,6 +268,17 @@ class ProcessEngine:
         outbox.put(None)
         sender.join()
         watchdog.join()
+
+    def _hand_out(self, happened: Happened) -> None:
+        with self._lock:
+            said = [(self._open.get(each[0]), TokenEvent(*each[1:])) for each in happened.said]
+            ended = [(self._open.pop(number, None), outcome) for number, outcome in happened.ended]
+        for request, event in said:
+            if request is not None:
+                request.handle.publish(event)
+        for request, outcome in ended:
+            if request is not None:
+                request.handle.publish(outcome)
 
     def _lend(self, needed: PixelsNeeded, outbox: _Outbox) -> None:
         """Load a known picture for the process behind `outbox`, not in this thread."""

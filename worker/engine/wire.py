@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 
 from visq.errors import VisqError
 from visq.pixels import PixelBuffer
-from worker.engine.face import EngineInfo, EngineRequest, Event
+from worker.engine.face import EngineInfo, EngineRequest, Logprobs, Outcome
 from worker.engine.stats import EngineStats
 
 ALIVE_SECONDS: Final = 1.0
@@ -45,12 +45,16 @@ class LoadFailed:
     message: str
 
 
+Said: TypeAlias = tuple[int, str, list[int], int, list[Logprobs] | None]
+"""A request's number and the fields of its `TokenEvent`: as a tuple it costs far less to send."""
+
+
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """An event of the request `number`."""
+    """Events of many requests since the last message; `ended` came after all that was `said`."""
 
-    number: int
-    event: Event
+    said: list[Said]
+    ended: list[tuple[int, Outcome]]
 
 
 @dataclass(frozen=True, slots=True)
