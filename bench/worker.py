@@ -54,8 +54,9 @@ class Round:
 class Server:
     """A stack with one engine."""
 
-    def __init__(self, engine: str, stack: Stack, client: Client) -> None:
+    def __init__(self, engine: str, stack: Stack, client: Client, *, new_tokens: int = 64) -> None:
         self.engine = engine
+        self._new_tokens = new_tokens
         self._stack = stack
         self._client = client
 
@@ -67,14 +68,14 @@ class Server:
                 store.put(parse_uri(uri), png, "image/png")
         finally:
             store.close()
-        parts = self._parts()
+        parts = self.parts()
         before = {name: _cpu_seconds(process) for name, process in parts.items()}
         batch = self._client.batches.submit(
             [
                 {"custom_id": item.name, "prompt": item.question, "images": [item.uri]}
                 for item in items
             ],
-            gen_config={"max_new_tokens": 64},
+            gen_config={"max_new_tokens": self._new_tokens},
         )
         while batch.counts.finished < len(items):
             time.sleep(LOOK_SECONDS)
@@ -88,7 +89,7 @@ class Server:
             answers={view.custom_id or "": _answer(view) for view in views},
         )
 
-    def _parts(self) -> dict[str, psutil.Process]:
+    def parts(self) -> dict[str, psutil.Process]:
         """The processes of the stack, by name."""
         parts: dict[str, psutil.Process] = {}
         for service in self._stack.services:

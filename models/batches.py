@@ -25,10 +25,10 @@ def get(session: Session, batch_id: str) -> Batch:
     return batch
 
 
-_COUNT_END: Final = {
+_COUNT_ENDS: Final = {
     status: update(Batch)
     .where(Batch.id == bindparam("batch_id"))
-    .values({counter: counter + 1})
+    .values({counter: counter + bindparam("ends")})
     .returning(
         Batch.status, Batch.total, Batch.succeeded, Batch.failed, Batch.cancelled, Batch.expired
     )
@@ -42,9 +42,9 @@ _COUNT_END: Final = {
 }
 
 
-def count_end(session: Session, batch_id: str, status: JobStatus) -> None:
-    """An item has ended with `status`; the last one ends the batch."""
-    batch = fetch(session, _COUNT_END[status], {"batch_id": batch_id}).one()
+def count_ends(session: Session, batch_id: str, status: JobStatus, ends: int) -> None:
+    """`ends` items have ended with `status`; the last one ends the batch."""
+    batch = fetch(session, _COUNT_ENDS[status], {"batch_id": batch_id, "ends": ends}).one()
     if batch.succeeded + batch.failed + batch.cancelled + batch.expired == batch.total:
         cancelling = batch.status is BatchStatus.CANCELLING
         session.execute(

@@ -65,18 +65,21 @@ from visq.types import BatchStatus, JobStatus, Prompt
 _BATCH_IS_ENDING: Final = exists().where(
     Batch.id == Job.batch_id, Batch.status == BatchStatus.CANCELLING
 )
-_CLAIM: Final = moving(
+CLAIM_GUARDS: Final = (
     Job.cancel_requested_at.is_(None),
     or_(Job.run_after.is_(None), Job.run_after <= db_now()),
     or_(Job.expires_at.is_(None), Job.expires_at > db_now()),
     or_(Job.batch_id.is_(None), ~_BATCH_IS_ENDING),
-    attempt=Job.attempt + 1,
-    worker=bindparam("claimed_by"),
-    lease_expires_at=db_now("lease_seconds"),
-    started_at=func.coalesce(Job.started_at, db_now()),
-    publish_at=None,
-    run_after=None,
 )
+CLAIM_VALUES: Final[dict[str, Any]] = {
+    "attempt": Job.attempt + 1,
+    "worker": bindparam("claimed_by"),
+    "lease_expires_at": db_now("lease_seconds"),
+    "started_at": func.coalesce(Job.started_at, db_now()),
+    "publish_at": None,
+    "run_after": None,
+}
+_CLAIM: Final = moving(*CLAIM_GUARDS, **CLAIM_VALUES)
 _TENANT_AND_TIME: Final = select(Tenant.name, db_now()).where(Tenant.id == bindparam("tenant_id"))
 
 
@@ -95,6 +98,11 @@ def claim(session: Session, job_id: str, *, worker: str, lease_seconds: float) -
     if job is None:
         return None
     tenant, now = fetch(session, _TENANT_AND_TIME, {"tenant_id": job.tenant_id}).one()
+    return work_of(session, job, tenant, now)
+
+
+def work_of(session: Session, job: Job, tenant: str, now: datetime) -> Work:
+    """What a run needs of a job that it has claimed."""
     history: list[Remembered] = []
     if job.session_id is not None and job.turn is not None:
         history = sessions.history(session, job.session_id, before_turn=job.turn)
@@ -137,7 +145,8 @@ def renew(session: Session, claims: Sequence[Claim], *, lease_seconds: float) ->
 _FENCE: Final = Job.attempt == bindparam("held_attempt")
 _ASKED_TO_STOP: Final = Job.cancel_requested_at.is_not(None)
 
-_SUCCEED: Final = moving(_FENCE, result=bindparam("answer"), **ENDED)
+SUCCEED: Final = moving(_FENCE, result=bindparam("answer"), **ENDED)
+"""Its parameters are of the claim and of the result."""
 _FAIL_RUN: Final = FAIL.where(_FENCE)
 _END_RUN: Final = END.where(_FENCE)
 _REQUEUE_RUN: Final = REQUEUE.where(_FENCE)
@@ -168,9 +177,9 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
     match outcome:
         case Succeeded(result):
             answer = result.model_dump(mode="json")
-            job = leave(_SUCCEED, JobStatus.SUCCEEDED, result.finish_reason, answer=answer)
-            if job is not None and conversation is not None:
-                sessions.append(session, conversation, job, outcome)
+            job = leave(SUCCEED, JobStatus.SUCCEEDED, result.finish_reason, answer=answer)
+            if job is not None and conversation is not None and conversation.deleted_at is None:
+                sessions.append(session, conversation.id, job, outcome)
         case Failed(error, backoff_seconds):
             job = None
             if error.retryable:

@@ -8,6 +8,7 @@ that of a column, since such a parameter of an UPDATE would set the column.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 from sqlalchemy import ColumnElement, bindparam, insert, inspect, select, update
@@ -36,7 +37,7 @@ _COLUMNS: Final = {
 Move: TypeAlias = ReturningUpdate[*tuple[Any, ...]]
 """An UPDATE of ``status`` (`moving`); ``.where`` adds guards to it."""
 
-ENDED: Final = {
+ENDED: Final[dict[str, Any]] = {
     "finished_at": db_now(),
     "lease_expires_at": None,
     "publish_at": None,
@@ -44,7 +45,7 @@ ENDED: Final = {
 }
 """Columns of a job that enters a terminal state."""
 
-QUEUED: Final = {
+QUEUED: Final[dict[str, Any]] = {
     "worker": None,
     "lease_expires_at": None,
     "publishes": 0,
@@ -54,11 +55,14 @@ QUEUED: Final = {
 """Columns of a job that enters ``queued``."""
 
 
-def moving(*guards: ColumnElement[bool], **values: Any) -> Move:
+_ONE: Final = Job.id == bindparam("job_id")
+
+
+def moving(*guards: ColumnElement[bool], which: ColumnElement[bool] = _ONE, **values: Any) -> Move:
     """An UPDATE of ``status`` that also sets `values`, if `guards` hold; `move` runs it."""
     return (
         update(Job)
-        .where(Job.id == bindparam("job_id"), Job.status == bindparam("from_status"), *guards)
+        .where(which, Job.status == bindparam("from_status"), *guards)
         .values(status=bindparam("to_status"), **values)
         .returning(*_COLUMNS.values())
         .execution_options(synchronize_session=False)
@@ -107,19 +111,30 @@ def move(
     `parameters` are what `how` has beside those of every move. The job is no object of the session:
     it shows the row as this move left it.
     """
-    parameters |= {"job_id": job_id, "from_status": from_status, "to_status": to_status}
-    row = fetch(session, how, parameters).one_or_none()
-    if row is None:
-        return None
-    job = Job(**dict(zip(_COLUMNS, row, strict=True)))
-    record(session, job, from_status, reason)
-    return job
+    for job in moved(session, how, from_status, to_status, job_id=job_id, **parameters):
+        record(session, job, from_status, reason)
+        return job
+    return None
+
+
+def moved(
+    session: Session, how: Move, from_status: JobStatus, to_status: JobStatus, **parameters: Any
+) -> list[Job]:
+    """The jobs whose ``status`` was changed; it is still to be recorded."""
+    rows = fetch(session, how, parameters | {"from_status": from_status, "to_status": to_status})
+    return [Job(**dict(zip(_COLUMNS, row, strict=True))) for row in rows.all()]
 
 
 def record(session: Session, job: Job, from_status: JobStatus | None, reason: str | None) -> None:
     """Write the transition that brought `job` to its present status."""
-    session.execute(
-        _RECORD,
+    record_all(session, [(job, from_status, reason)])
+
+
+def record_all(
+    session: Session, transitions: Sequence[tuple[Job, JobStatus | None, str | None]]
+) -> None:
+    """`record` for several jobs: (job, state before, reason)."""
+    rows = [
         {
             "tenant_id": job.tenant_id,
             "job_id": job.id,
@@ -128,8 +143,10 @@ def record(session: Session, job: Job, from_status: JobStatus | None, reason: st
             "attempt": job.attempt,
             "worker": job.worker,
             "reason": reason,
-        },
-    )
+        }
+        for job, from_status, reason in transitions
+    ]
+    session.execute(_RECORD, rows)
 
 
 _FAILURES: Final = select(Job.failures).where(Job.id == bindparam("job_id"))
@@ -169,12 +186,12 @@ def after_end(session: Session, job: Job) -> Transition:
     """What follows from a job's end: the session's next turn, the batch's counters, the event."""
     queued = []
     if job.session_id is not None:
-        following = _release_next_turn(session, job.session_id)
+        following = release_next_turn(session, job.session_id)
         if following is not None:
             queued.append(QueuedJob(following.id, following.lane))
     if job.batch_id is not None:
-        batches.count_end(session, job.batch_id, job.status)
-    return Transition(job, queued=queued, events=[outbox.add_result(session, job)])
+        batches.count_ends(session, job.batch_id, job.status, 1)
+    return Transition(job, queued=queued, events=outbox.add_results(session, [job]))
 
 
 _FIRST_UNFINISHED: Final = (
@@ -188,7 +205,7 @@ _FIRST_UNFINISHED: Final = (
 )
 
 
-def _release_next_turn(session: Session, session_id: str) -> Job | None:
+def release_next_turn(session: Session, session_id: str) -> Job | None:
     """Queue the session's first waiting turn, unless a turn is still to end (lock held)."""
     first = fetch(session, _FIRST_UNFINISHED, {"session_id": session_id}).one_or_none()
     if first is None or first.status is not JobStatus.WAITING:

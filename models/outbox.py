@@ -6,6 +6,7 @@ behind (a crash, a broker that was away). A reserved row that is not deleted com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,18 +35,34 @@ class OutboxEntry:
     payload: dict[str, Any]
 
 
-_TENANT_NAME: Final = select(Tenant.name).where(Tenant.id == bindparam("tenant_id"))
+_TENANT_NAMES: Final = select(Tenant.id, Tenant.name).where(
+    Tenant.id.in_(bindparam("tenant_ids", expanding=True))
+)
 _ADD: Final = insert(table(Outbox)).values(available_at=db_now("grace_seconds"))
 
 
-def add_result(session: Session, job: Job) -> OutboxEntry:
-    """Write the event that `job` has ended."""
-    tenant = fetch(session, _TENANT_NAME, {"tenant_id": job.tenant_id}).scalar_one()
-    event_id = new_id("evt")
-    event = result_event(event_id, tenant, job_view(job))
-    row = {"id": event_id, "kind": "result", "payload": event, "grace_seconds": GRACE_SECONDS}
-    session.execute(_ADD, row)
-    return OutboxEntry(event_id, "result", event)
+def add_results(session: Session, jobs: Sequence[Job]) -> list[OutboxEntry]:
+    """Write the events that `jobs` have ended, one for each."""
+    tenant_ids = list({job.tenant_id for job in jobs})
+    names = dict(fetch(session, _TENANT_NAMES, {"tenant_ids": tenant_ids}).all())
+    entries = []
+    for job in jobs:
+        event_id = new_id("evt")
+        event = result_event(event_id, names[job.tenant_id], job_view(job))
+        entries.append(OutboxEntry(event_id, "result", event))
+    session.execute(
+        _ADD,
+        [
+            {
+                "id": entry.id,
+                "kind": entry.kind,
+                "payload": entry.payload,
+                "grace_seconds": GRACE_SECONDS,
+            }
+            for entry in entries
+        ],
+    )
+    return entries
 
 
 def reserve(session: Session, limit: int) -> list[OutboxEntry]:

@@ -96,12 +96,9 @@ def history(session: Session, session_id: str, before_turn: int) -> list[Remembe
 _APPEND: Final = insert(table(Message))
 
 
-def append(session: Session, conversation: ChatSession, job: Job, end: Succeeded) -> None:
-    """Add a succeeded turn to the history of `conversation` (as `lock` returned it), unless it was
-    deleted meanwhile."""
+def append(session: Session, session_id: str, job: Job, end: Succeeded) -> None:
+    """Add a succeeded turn to the history of a session that is locked and not deleted."""
     assert job.turn is not None
-    if conversation.deleted_at is not None:
-        return
     answer = len(end.messages) - 1
     added = []
     for position, message in enumerate(end.messages):
@@ -110,7 +107,7 @@ def append(session: Session, conversation: ChatSession, job: Job, end: Succeeded
         added.append(
             {
                 "tenant_id": job.tenant_id,
-                "session_id": conversation.id,
+                "session_id": session_id,
                 "turn": job.turn,
                 "position": position,
                 "role": message.role,

@@ -18,6 +18,8 @@ An ``attempt`` entry says that what came before it belongs to an attempt that di
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 
 import redis
@@ -53,9 +55,9 @@ class StreamEvent(BaseModel):
     job: dict[str, Any] | None = None
     """``end``: the job (`visq.types.JobView` as JSON)."""
 
-    def fields(self) -> dict[str, str]:
-        """The fields of the stream entry."""
-        return {"event": self.model_dump_json(exclude_defaults=True)}
+    def as_json(self) -> str:
+        """The value of the field ``event`` of the stream's entry."""
+        return self.model_dump_json(exclude_defaults=True)
 
     @classmethod
     def from_fields(cls, fields: dict[bytes, bytes] | dict[str, str]) -> StreamEvent:
@@ -103,31 +105,106 @@ def live_workers(client: redis.Redis) -> list[WorkerInfo]:
     return [WorkerInfo.model_validate_json(value) for value in values if value is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class StreamWrite:
+    """An entry to add to a job's stream."""
+
+    job_id: str
+    event: StreamEvent
+    lasting: bool = True
+    """Let the stream live for a whole TTL from now on. It costs a command: not with every token."""
+
+
+_ADD: Final = """
+local refusals = {}
+for i = 1, #KEYS do
+  local at = 4 * i - 1
+  local added = redis.pcall('XADD', KEYS[i], 'MAXLEN', '~', ARGV[1], '*', 'event', ARGV[at])
+  if type(added) == 'table' and added.err then
+    refusals[#refusals + 1] = {i, added.err}
+  else
+    if ARGV[at + 1] == '1' then redis.call('EXPIRE', KEYS[i], ARGV[2]) end
+    redis.call('PUBLISH', ARGV[at + 2], ARGV[at + 3])
+  end
+end
+return refusals
+"""
+"""Adds many entries by one command, since what a client spends on one is a third of what it spends
+on two commands for each. Keys are streams; arguments: cap, TTL, and four for each entry (event,
+whether it is lasting, channel, note)."""
+
+
 class EventWriter:
-    """Writes token streams and result values; used by workers and by whoever ends a job."""
+    """Writes token streams and result values; used by workers and by whoever ends a job.
+
+    What is written together takes one round trip, and a fraction of the time.
+    """
 
     def __init__(self, client: redis.Redis, *, ttl_seconds: int) -> None:
         self._redis = client
-        self._ttl = ttl_seconds
+        self._add = client.register_script(_ADD)
+        self.ttl_seconds = ttl_seconds
+
+    def write(self, writes: Sequence[StreamWrite]) -> list[redis.RedisError | None]:
+        """Add the entries, in order; what became of each of them.
+
+        :raises redis.RedisError: the server does not answer; what was written is unknown.
+        """
+        if not writes:
+            return []
+        keys = [events_key(each.job_id) for each in writes]
+        arguments: list[str | int] = [MAX_ENTRIES, self.ttl_seconds]
+        for each in writes:
+            arguments += [
+                each.event.as_json(),
+                int(each.lasting),
+                notify_channel(each.job_id),
+                each.event.type,
+            ]
+        refusals = dict(self._add(keys, arguments))
+        return [
+            redis.ResponseError(refusals[n].decode()) if n in refusals else None
+            for n in range(1, len(writes) + 1)
+        ]
 
     def attempt(self, job_id: str, attempt: int) -> None:
         """A run begins: readers discard the tokens of earlier attempts."""
-        self._add(job_id, StreamEvent(type="attempt", attempt=attempt))
+        self._write_one(job_id, StreamEvent(type="attempt", attempt=attempt))
 
     def token(self, job_id: str, attempt: int, text: str, index: int = 0) -> None:
         """New text of choice `index`."""
-        self._add(job_id, StreamEvent(type="token", attempt=attempt, text=text, index=index))
+        self._write_one(job_id, StreamEvent(type="token", attempt=attempt, text=text, index=index))
 
     def end(self, job: dict[str, Any]) -> None:
-        """Store the ended job as a value, and close its stream. Harmless when repeated."""
-        event = StreamEvent(type="end", attempt=job["attempt"], job=job)
-        self._redis.set(job_key(job["id"]), json.dumps(job), ex=self._ttl)
-        self._add(job["id"], event)
+        """Store the ended job as a value, and close its stream. Harmless when repeated.
 
-    def _add(self, job_id: str, event: StreamEvent) -> None:
-        key = events_key(job_id)
+        :raises redis.RedisError: it was not, or not wholly, written.
+        """
+        [error] = self.end_all([job])
+        if error is not None:
+            raise error
+
+    def end_all(self, jobs: Sequence[dict[str, Any]]) -> list[redis.RedisError | None]:
+        """`end` for many jobs; what became of each of them.
+
+        :raises redis.RedisError: the server does not answer.
+        """
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.xadd(key, cast("Any", event.fields()), maxlen=MAX_ENTRIES, approximate=True)
-            pipe.expire(key, self._ttl)
-            pipe.publish(notify_channel(job_id), event.type)
-            pipe.execute()
+            for job in jobs:
+                pipe.set(job_key(job["id"]), json.dumps(job), ex=self.ttl_seconds)
+                key = events_key(job["id"])
+                event = StreamEvent(type="end", attempt=job["attempt"], job=job)
+                fields = cast("Any", {"event": event.as_json()})
+                pipe.xadd(key, fields, maxlen=MAX_ENTRIES, approximate=True)
+                pipe.expire(key, self.ttl_seconds)
+                pipe.publish(notify_channel(job["id"]), event.type)
+            answers = iter(pipe.execute(raise_on_error=False))
+        return [
+            next((each for each in of_job if isinstance(each, redis.RedisError)), None)
+            for of_job in zip(answers, answers, answers, answers, strict=True)
+        ]
+
+    def _write_one(self, job_id: str, event: StreamEvent) -> None:
+        [error] = self.write([StreamWrite(job_id, event)])
+        if error is not None:
+            raise error

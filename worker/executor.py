@@ -7,19 +7,15 @@ without a write.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import partial
+from queue import SimpleQueue
 
-import redis
 import structlog
 
-from models import jobs
 from models.database import Database
 from models.outcomes import (
     Cancelled,
-    Claim,
     Expired,
     Failed,
     HandedBack,
@@ -31,20 +27,18 @@ from models.outcomes import (
 from visq.errors import Unavailable, VisqError
 from visq.exact import exact_ids
 from visq.settings import Settings
-from visq.streams import EventWriter
 from visq.types import Message
+from worker.committing import Committer
 from worker.engine import face
-from worker.engine.face import Engine, EngineRequest, Finished, Stopped, TokenEvent
+from worker.engine.face import Engine, EngineRequest, Event, Finished, Stopped, TokenEvent
 from worker.media import Media
 from worker.pictures import Pictures, pictures_of
 from worker.queue import Courier, Maintenance
 from worker.results import result_of, storable
 from worker.runs import Run, Runs
+from worker.token_streams import TokenStream, TokenStreams
 
 log = structlog.get_logger(__name__)
-
-FLUSH_SECONDS = 0.03
-"""Tokens that come faster than this go to Redis together."""
 
 ENGINE_LOOK_SECONDS = 0.2
 """Time between two looks at an engine that is down."""
@@ -73,6 +67,11 @@ class Executor:
         self._runs = runs
         self._courier = courier
         self._maintenance = maintenance
+        self._streams = TokenStreams(courier.events)
+        self._streams.start()
+        self._committer = Committer(
+            database, courier, self._streams, worker_id, settings.lease_seconds
+        )
         self._fetchers = ThreadPoolExecutor(settings.fetch_concurrency, "fetch")
 
     def run(self, job_id: str) -> None:
@@ -83,20 +82,24 @@ class Executor:
         if work is None:
             log.debug("nothing to claim", job=job_id)
             return
+        stream = self._streams.begin(work.claim)
         with self._runs.holding(work.claim) as run:
-            outcome = self._attempt(work, run)
+            outcome = self._attempt(work, run, stream)
             transition = None if outcome is None else self._finish(run, outcome)
             run.outcome = None if transition is None else transition.job.status
         if transition is None:
+            self._streams.forget(stream)
             log.warning("run lost its job; its result is thrown away", job=job_id)
             return
         log.info("job run", job=job_id, attempt=work.claim.attempt, status=transition.job.status)
-        self._courier.deliver_all([transition])
+        self._committer.deliver(stream, transition)
         if work.batch_id is not None:
-            self._maintenance.wake()  # there is room in the batch's window
+            self._maintenance.wake_for_windows()  # there is room in the batch's window
 
     def close(self) -> None:
         self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._committer.close()
+        self._streams.close()
 
     def _engine_is_up(self) -> bool:
         """Wait for an engine that is down: a job claimed meanwhile would fail at once, and a worker
@@ -109,24 +112,17 @@ class Executor:
 
     def _claim(self, job_id: str) -> Work | None:
         try:
-            return self._database.run(
-                jobs.claim,
-                job_id,
-                worker=self._worker_id,
-                lease_seconds=self._settings.lease_seconds,
-            )
+            return self._committer.claim(job_id)
         except Unavailable as error:
             log.warning("not claimed; it is published again", job=job_id, error=str(error))
             return None
 
-    def _attempt(self, work: Work, run: Run) -> Outcome | None:
+    def _attempt(self, work: Work, run: Run, stream: TokenStream) -> Outcome | None:
         """How the attempt ends; ``None`` if the claim was lost on the way."""
-        stream = _TokenStream(self._courier.events, run.claim)
         try:
             with self._pictures(work, run) as pictures:
                 if pictures is None or run.stop_reason is not None:
                     return _stopped(run, "cancelled")
-                stream.begin()
                 answer = self._ask(work, run, pictures, stream)
         except VisqError as refusal:
             return self._failed(refusal)
@@ -159,9 +155,10 @@ class Executor:
         work: Work,
         run: Run,
         pictures: Pictures,
-        stream: _TokenStream,
+        stream: TokenStream,
     ) -> face.Outcome:
         left = None if work.expires_in is None else max(work.expires_in - run.seconds(), 0.0)
+        answer = _Answer(self._streams, stream)
         handle = self._engine.submit(
             EngineRequest(
                 id=work.claim.job_id,
@@ -174,16 +171,11 @@ class Executor:
                 answer_ids=_answer_ids(work, self._engine.info.tokenizer),
                 lane=work.lane,
                 deadline_seconds=left,
-            )
+            ),
+            answer,
         )
         run.attach(handle)
-        for event in handle:
-            if isinstance(event, TokenEvent):
-                stream.add(event.index, storable(event.text))
-            else:
-                stream.flush()
-                return event
-        raise AssertionError("an engine ends every request with an outcome")
+        return answer.outcome()
 
     def _failed(self, error: VisqError) -> Failed:
         return Failed(error, self._settings.retry_backoff_seconds)
@@ -194,7 +186,7 @@ class Executor:
         give_up = time.monotonic() + 2 * self._settings.lease_seconds
         while run.stop_reason != "lost":
             try:
-                return self._database.run(jobs.finish, run.claim, outcome)
+                return self._committer.finish(run.claim, outcome)
             except Unavailable as error:
                 if time.monotonic() > give_up:
                     break
@@ -209,44 +201,24 @@ class Executor:
         return None
 
 
-class _TokenStream:
-    """Text for Redis, some tokens of each choice at a time. A stream is a convenience: without
-    Redis the job goes on."""
+class _Answer:
+    """Takes the events of one request: its text goes on to the stream, its outcome to the run."""
 
-    def __init__(self, events: EventWriter, claim: Claim) -> None:
-        self._events = events
-        self._claim = claim
-        self._texts: dict[int, str] = {}  # by choice
-        self._flushed_at = 0.0
-        self._broken = False
+    def __init__(self, streams: TokenStreams, stream: TokenStream) -> None:
+        self._streams = streams
+        self._stream = stream
+        self._outcome: SimpleQueue[face.Outcome] = SimpleQueue()
 
-    def begin(self) -> None:
-        self._write(lambda: self._events.attempt(self._claim.job_id, self._claim.attempt))
+    def __call__(self, event: Event) -> None:
+        """Called in a thread of the engine."""
+        if isinstance(event, TokenEvent):
+            self._streams.say(self._stream, event.index, storable(event.text))
+        else:
+            self._outcome.put(event)
 
-    def add(self, index: int, text: str) -> None:
-        if text:
-            self._texts[index] = self._texts.get(index, "") + text
-        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        texts, self._texts = self._texts, {}
-        for index, text in texts.items():
-            self._write(partial(self._token, index, text))
-            self._flushed_at = time.monotonic()
-
-    def _token(self, index: int, text: str) -> None:
-        self._events.token(self._claim.job_id, self._claim.attempt, text, index)
-
-    def _write(self, write: Callable[[], None]) -> None:
-        # After one failure the rest would have a gap: readers take the text from the job's end.
-        if self._broken:
-            return
-        try:
-            write()
-        except redis.RedisError as error:
-            self._broken = True
-            log.warning("tokens not streamed", job=self._claim.job_id, error=str(error))
+    def outcome(self) -> face.Outcome:
+        """Wait for it."""
+        return self._outcome.get()
 
 
 UNSTORABLE = Failed(VisqError("the end of this job cannot be stored; the worker's log says why"))

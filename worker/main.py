@@ -6,6 +6,7 @@ decoded in media processes. The model is loaded before the first message is take
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -111,6 +112,9 @@ def run(settings: Settings) -> int:
         )
         stack.callback(executor.close)
         runs.start()
+        # What was loaded stays: looking at it again in each collection costs every job something.
+        gc.collect()
+        gc.freeze()
         console.print(f"worker {worker_id} takes up to {concurrency} jobs at a time")
         return serve(app, settings, concurrency, executor, runs)
 

@@ -57,7 +57,7 @@ async def submit(
         idempotency_key=idempotency_key,
         fingerprint=sent,
     )
-    here.maintenance.wake()  # it lets the first items into the broker
+    here.maintenance.wake_for_windows()  # it lets the first items into the broker
     response.headers["Location"] = f"/v1/batches/{submitted.batch.id}"
     return batch_view(submitted.batch)
 

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from worker.engine.face import (
     Choice,
     EngineInfo,
     EngineRequest,
+    Event,
     Finished,
     Handle,
     KnownImage,
@@ -52,9 +53,9 @@ class PlayedEngine:
         )
     )
 
-    def submit(self, request: EngineRequest) -> Handle:
+    def submit(self, request: EngineRequest, sink: Callable[[Event], None] | None = None) -> Handle:
         self.requests.append(request)
-        handle = Handle(lambda: None)
+        handle = Handle(lambda: None, sink)
         outcome = self.outcome or Finished((Choice(self.text, "stop", [1]),), 3)
         for index, choice in enumerate(outcome.choices):
             handle.publish(TokenEvent(choice.text, choice.token_ids, index))

@@ -15,6 +15,7 @@ from kombu import Exchange, Queue
 
 from visq.settings import Settings
 from visq.types import Lane
+from worker.queue import broker_clients
 
 RUN_TASK: Final = "visq.run"
 """Name of the one task; its argument is a list of job ids."""
@@ -53,6 +54,8 @@ def transport_options(broker_url: str) -> dict[str, Any]:
 
 def make_app(settings: Settings) -> Celery:
     """The application for `settings`; importing this module has no side effects."""
+    if is_redis(settings.broker):
+        broker_clients.install()
     app = Celery("visq", set_as_current=False)
     exchange = Exchange("visq.jobs", type="direct", durable=True)
     queue_arguments: dict[str, Any] = {}

@@ -72,12 +72,16 @@ class Courier:
 
         :raises Unavailable: a server does not answer; what was not confirmed stays.
         """
+        if not entries:
+            return
         published: list[str] = []
         refusal: Unavailable | None = None
         refused_in_a_row = 0
-        for entry in entries:
+        for entry, refused in zip(entries, self._write_ends(entries), strict=True):
             try:
-                self._publish_event(entry)
+                if refused is not None:
+                    raise Unavailable(f"Redis refuses a result ({refused})") from refused
+                self.broker.publish_result(entry.payload)
             except Unavailable as error:
                 refusal = error
                 refused_in_a_row += 1
@@ -91,12 +95,12 @@ class Courier:
         if refusal is not None:
             raise refusal
 
-    def _publish_event(self, entry: OutboxEntry) -> None:
+    def _write_ends(self, entries: Sequence[OutboxEntry]) -> list[redis.RedisError | None]:
+        """Tell Redis, in one round trip; what it refuses does not go to the broker either."""
         try:
-            self.events.end(entry.payload["data"])
+            return self.events.end_all([entry.payload["data"] for entry in entries])
         except redis.RedisError as error:
             raise Unavailable(f"Redis does not answer ({type(error).__name__})") from error
-        self.broker.publish_result(entry.payload)
 
     def nudge_cancel(self, job_ids: Sequence[str]) -> None:
         """Tell the workers at once that these running jobs were asked to stop.

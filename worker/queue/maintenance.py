@@ -7,6 +7,7 @@ every transition is guarded, so that two loops at the same row do no harm.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -25,7 +26,7 @@ log = structlog.get_logger(__name__)
 CHUNK = 200
 """Rows that one step of a round takes."""
 
-SHORTEST_PAUSE = 0.05
+SHORTEST_PAUSE = 0.1
 """Seconds between two rounds, however often the loop is woken."""
 
 
@@ -38,6 +39,8 @@ class Maintenance:
         self._courier = courier
         self._stopping = threading.Event()
         self._woken = threading.Event()
+        self._whole = False
+        """Whether the next round has all steps, however early it is."""
         self._thread = threading.Thread(target=self._loop, name="maintenance", daemon=True)
 
     def start(self) -> None:
@@ -51,19 +54,28 @@ class Maintenance:
             self._thread.join()
 
     def wake(self) -> None:
-        """Run a round soon: a batch has come, or room in its window."""
+        """Run a round soon: there is more to do than one round did, or a batch was cancelled."""
+        self._whole = True
+        self._woken.set()
+
+    def wake_for_windows(self) -> None:
+        """Let items of batches into the broker soon: a batch has come, or room in its window."""
         self._woken.set()
 
     def round(self) -> None:
-        """Each step once. An outage in one does not keep the others from running."""
-        for step in (
+        """Each step once."""
+        self._run(
             self.expire_jobs,
             self.rescue_jobs,
             self.cancel_batch_items,
             self.fill_windows,
             self.publish_jobs,
             self.publish_events,
-        ):
+        )
+
+    def _run(self, *steps: Callable[[], None]) -> None:
+        """An outage in one step does not keep the others from running."""
+        for step in steps:
             if self._stopping.is_set():
                 return
             try:
@@ -163,8 +175,14 @@ class Maintenance:
             self.wake()
 
     def _loop(self) -> None:
+        following = 0.0
         while not self._stopping.is_set():
             self._woken.clear()
-            self.round()
+            if self._whole or time.monotonic() >= following:
+                self._whole = False
+                following = time.monotonic() + self._settings.maintenance_seconds
+                self.round()
+            else:
+                self._run(self.fill_windows, self.publish_jobs)
             self._stopping.wait(SHORTEST_PAUSE)
-            self._woken.wait(self._settings.maintenance_seconds)
+            self._woken.wait(max(0.0, following - time.monotonic()))
