@@ -73,43 +73,50 @@ def uncount_failed(session: Session, batch_id: str) -> bool:
     return reopened.one_or_none() is not None
 
 
+_HELD: Final = select(Job.batch_id).where(
+    Job.status == JobStatus.QUEUED, Job.publish_at.is_(None), Job.batch_id.is_not(None)
+)
+_WITH_HELD_ITEMS: Final = (
+    select(Batch.id)
+    .where(Batch.id.in_(_HELD), Batch.status == BatchStatus.IN_PROGRESS)
+    .order_by(Batch.id)
+    # The lock keeps two loops from filling the same window twice.
+    .with_for_update(skip_locked=True)
+)
+_QUEUED_ITEM: Final = (Job.batch_id == bindparam("batch_id"), Job.status == JobStatus.QUEUED)
+_IN_BROKER: Final = (
+    select(func.count()).select_from(Job).where(*_QUEUED_ITEM, Job.publish_at.is_not(None))
+)
+_NEXT_HELD: Final = (
+    select(Job.id)
+    .where(*_QUEUED_ITEM, Job.publish_at.is_(None))
+    .order_by(Job.position)
+    .limit(bindparam("free"))
+    .with_for_update(skip_locked=True)  # an item that ends just now waits for the batch
+)
+_LET_GO: Final = (
+    update(Job)
+    .where(Job.id.in_(bindparam("job_ids", expanding=True)))
+    .values(publish_at=db_now())
+    .execution_options(synchronize_session=False)
+)
+
+
 def fill_windows(session: Session, window: int) -> int:
     """Let held items of each batch into the broker, up to `window` of a batch at a time.
 
     Returns the number of items that are now due for publishing (`models.dispatch`).
     """
-    held = select(Job.batch_id).where(
-        Job.status == JobStatus.QUEUED, Job.publish_at.is_(None), Job.batch_id.is_not(None)
-    )
-    # The lock keeps two loops from filling the same window twice.
-    batch_ids = session.scalars(
-        select(Batch.id)
-        .where(Batch.id.in_(held), Batch.status == BatchStatus.IN_PROGRESS)
-        .order_by(Batch.id)
-        .with_for_update(skip_locked=True)
-    ).all()
+    batch_ids = session.scalars(_WITH_HELD_ITEMS).all()
     return sum(_fill_window(session, batch_id, window) for batch_id in batch_ids)
 
 
 def _fill_window(session: Session, batch_id: str, window: int) -> int:
-    queued = [Job.batch_id == batch_id, Job.status == JobStatus.QUEUED]
-    in_broker = session.scalar(
-        select(func.count()).select_from(Job).where(*queued, Job.publish_at.is_not(None))
-    )
-    free = window - (in_broker or 0)
+    free = window - (session.scalar(_IN_BROKER, {"batch_id": batch_id}) or 0)
     if free <= 0:
         return 0
-    following = session.scalars(
-        select(Job.id)
-        .where(*queued, Job.publish_at.is_(None))
-        .order_by(Job.position)
-        .limit(free)
-        .with_for_update(skip_locked=True)  # an item that ends just now waits for the batch
-    ).all()
-    session.execute(
-        update(Job).where(Job.id.in_(following)).values(publish_at=db_now()),
-        execution_options={"synchronize_session": False},
-    )
+    following = session.scalars(_NEXT_HELD, {"batch_id": batch_id, "free": free}).all()
+    session.execute(_LET_GO, {"job_ids": list(following)})
     return len(following)
 
 

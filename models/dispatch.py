@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
-from models.database import db_now
+from models.database import db_now, fetch
 from models.tables import Job
 from visq.types import JobStatus, Lane
 
@@ -29,25 +30,31 @@ class DueJob:
     publishes: int
 
 
+_DUE: Final = (
+    select(Job.id)
+    .where(Job.status == JobStatus.QUEUED, Job.publish_at <= db_now())
+    .order_by(Job.publish_at)
+    .limit(bindparam("most"))
+    .with_for_update(skip_locked=True)
+)
+_RESERVE: Final = (
+    update(Job)
+    .where(Job.id.in_(bindparam("job_ids", expanding=True)))
+    .values(publish_at=db_now("republish_seconds"), publishes=Job.publishes + 1)
+    .returning(Job.id, Job.lane, Job.publishes)
+    .execution_options(synchronize_session=False)
+)
+
+
 def reserve_due(session: Session, *, limit: int, republish_seconds: float) -> list[DueJob]:
     """Take jobs that are due for publishing; a crash before they are published only delays them
     by `republish_seconds`."""
     # Not a subquery of the UPDATE: PostgreSQL may run one with SKIP LOCKED again for each row, and
     # each run takes `limit` other rows.
-    due = session.scalars(
-        select(Job.id)
-        .where(Job.status == JobStatus.QUEUED, Job.publish_at <= db_now())
-        .order_by(Job.publish_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    ).all()
-    rows = session.execute(
-        update(Job)
-        .where(Job.id.in_(due))
-        .values(publish_at=db_now(republish_seconds), publishes=Job.publishes + 1)
-        .returning(Job.id, Job.lane, Job.publishes),
-        execution_options={"synchronize_session": False},
-    )
+    due = session.scalars(_DUE, {"most": limit}).all()
+    if not due:
+        return []
+    rows = fetch(session, _RESERVE, {"job_ids": list(due), "republish_seconds": republish_seconds})
     return sorted((DueJob(*row) for row in rows), key=lambda job: job.id)
 
 

@@ -65,16 +65,21 @@ def add_results(session: Session, jobs: Sequence[Job]) -> list[OutboxEntry]:
     return entries
 
 
+_DUE: Final = (
+    select(Outbox.id)
+    .where(Outbox.available_at <= db_now())
+    .order_by(Outbox.available_at)
+    .limit(bindparam("most"))
+    .with_for_update(skip_locked=True)
+)
+
+
 def reserve(session: Session, limit: int) -> list[OutboxEntry]:
     """Take entries that are due, for `REDELIVERY_SECONDS`; other processes skip them."""
     # Two statements, for the reason given in `models.dispatch.reserve_due`.
-    due = session.scalars(
-        select(Outbox.id)
-        .where(Outbox.available_at <= db_now())
-        .order_by(Outbox.available_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    ).all()
+    due = session.scalars(_DUE, {"most": limit}).all()
+    if not due:
+        return []
     rows = session.execute(
         update(Outbox)
         .where(Outbox.id.in_(due))

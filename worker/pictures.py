@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor as Pool
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ def pictures_of(
 
     An image that comes several times is fetched once. All pixels live as long as the block.
 
-    :param pool: where the store is asked.
+    :param pool: where the store is asked about all but one of them.
     """
     turn = work.prompt.as_messages()
     asked = [part.image_url.url for part in _images(turn)]
@@ -59,12 +59,14 @@ def pictures_of(
         return media.load(url, work.tenant)
 
     with _Buffers() as buffers:
-        fetches = {url: pool.submit(load, url) for url in urls}
+        fetches = {url: pool.submit(load, url) for url in urls[1:]}
+        # One of them in this thread, which would only wait.
+        fetches |= {url: _loaded(load, url) for url in urls[:1]}
         wait(fetches.values())
         for fetch in fetches.values():
             if fetch.exception() is None and (loaded := fetch.result()) is not None:
                 buffers.add(loaded.pixels)
-        found = {url: fetch.result() for url, fetch in fetches.items()}
+        found = {url: fetches[url].result() for url in urls}
         if is_stopped():
             yield None
             return
@@ -83,6 +85,16 @@ def pictures_of(
             images=[images[part.image_url.url] for part in parts],
             shown={url: seen for url in asked if (seen := _as_shown(found[url])) is not None},
         )
+
+
+def _loaded(load: Callable[[str], LoadedImage | None], url: str) -> Future[LoadedImage | None]:
+    """As a pool does it."""
+    answer: Future[LoadedImage | None] = Future()
+    try:
+        answer.set_result(load(url))
+    except BaseException as error:  # noqa: BLE001 (raised by whoever asks for the result)
+        answer.set_exception(error)
+    return answer
 
 
 @dataclass(frozen=True, slots=True)
