@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from worker.engine.families.pictures import Normalisation
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class PreparedImage:
-    """A picture as the model's own image processor prepares it, on the CPU."""
+    """A picture as the model's own image processor prepares it, on the CPU.
+
+    Its pixels are bytes where the rest can be left to the model's device (`Family.normalisation`).
+    Its tensors may be views of shared memory, which is given back when nobody refers to them.
+    """
 
     token_ids: list[int]
     """The tokens that stand for it in the prompt, in place of one placeholder."""
@@ -56,6 +63,10 @@ class Family(Protocol):
 
     image_token_id: int | None
     """The placeholder whose embeddings are replaced; ``None``: the model takes no pictures."""
+
+    normalisation: Normalisation | None
+    """What `image_features` does with the pixels of `prepare_image`; ``None``: nothing, they are
+    the processor's own."""
 
     decoder: Any
     """The text model: ``decoder(inputs_embeds=(1, T, hidden), position_ids=..., use_cache=False,

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from visq.errors import EngineError, ImageError
+from visq.errors import EngineError, UnsupportedParameter
 from worker.engine.families.base import ImageFeatures, PreparedImage
+from worker.engine.families.pictures import PIXELS, PictureProcessor, normalisation_of
 
-OF_TEXT: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
-"""What a processor makes of text; the rest are tensors of the picture."""
-
-ON_HOST: Final = frozenset({"image_sizes", "batch_num_images"})
+ON_HOST: Final = frozenset({"batch_num_images", "image_grid_thw", "image_sizes"})
 """Tensors that transformers reads as Python numbers: on a GPU, every read would wait for it."""
 
 
@@ -28,31 +25,22 @@ class GenericFamily:
         :param model: with a language modelling head, as the Auto classes load it.
         :param processor: of a vision-language model; of a text model its tokenizer.
         """
-        self._processor = processor
         self._base = model.base_model
         self.image_token_id: int | None = getattr(model.config, "image_token_id", None)
+        self.normalisation = None
+        self._pictures: PictureProcessor | None = None
+        if self.image_token_id is not None:
+            self.normalisation = normalisation_of(processor)
+            self._pictures = PictureProcessor(processor, self.normalisation)
         self.decoder = model.get_decoder()
         self.lm_head = model.get_output_embeddings()
         self.embed_tokens = model.get_input_embeddings()
 
     def prepare_image(self, pixels: NDArray[np.uint8]) -> PreparedImage:
-        """See `Family.prepare_image`: what the model's own processor makes of one placeholder."""
-        try:
-            made = self._processor(
-                text=[self._processor.image_token],
-                images=[Image.fromarray(pixels)],
-                add_special_tokens=False,
-                return_tensors="pt",
-            )
-        except (ArithmeticError, ValueError) as error:
-            height, width = pixels.shape[:2]
-            raise ImageError(
-                f"the model's image processor refuses a picture of {width}x{height} pixels: {error}"
-            ) from error
-        return PreparedImage(
-            token_ids=made["input_ids"][0].tolist(),
-            tensors={name: each for name, each in made.items() if name not in OF_TEXT},
-        )
+        """See `Family.prepare_image`."""
+        if self._pictures is None:
+            raise UnsupportedParameter("the model takes no images", param="messages")
+        return self._pictures.prepare(pixels)
 
     @torch.no_grad()
     def image_features(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
@@ -62,11 +50,20 @@ class GenericFamily:
         """
         if not images:
             return []
-        tensors = {
-            name: self._on_device(name, self._join([image.tensors[name] for image in images]))
+        joined = {
+            name: self._join([image.tensors[name] for image in images])
             for name in images[0].tensors
         }
-        made = self._base.get_image_features(**tensors, return_dict=True)
+        arguments = {
+            name: each if name in ON_HOST else self._on_device(each)
+            for name, each in (joined | self._derived(joined)).items()
+        }
+        pixels, dtype = arguments[PIXELS], self.embed_tokens.weight.dtype
+        if self.normalisation is None:
+            arguments[PIXELS] = pixels.to(dtype)
+        else:
+            arguments[PIXELS] = self.normalisation.unpack(pixels, dtype)
+        made = self._base.get_image_features(**arguments, return_dict=True)
         counts = [image.token_ids.count(self.image_token_id or 0) for image in images]
         embeddings = self._split(made.pooler_output, counts)
         layers = [
@@ -89,28 +86,37 @@ class GenericFamily:
         """See `Family.decoder_kwargs`: ``position_ids`` ``(1, T)``."""
         return {"position_ids": positions}
 
-    def _join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One tensor of those of several pictures, joined along the first dimension.
+    def _derived(self, joined: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Further arguments of ``get_image_features``, which follow from those of the processor."""
+        return {}
 
-        The others are padded with zeros to the longest, as processors do with the tiles of
-        pictures of different sizes.
+    def _join(self, tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        """One tensor of those of several pictures, joined along `dim`.
+
+        In the others they are padded with zeros to the longest, as processors do with the tiles of
+        pictures of different sizes. In pinned memory on the way to a GPU: only from there it can
+        fetch them while the host goes on.
         """
-        sizes = [
-            max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)
-        ]
-        padded = []
-        for tensor in tensors:
-            missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
-            pad = [amount for each in reversed(missing) for amount in (0, each)]
-            padded.append(torch.nn.functional.pad(tensor, pad) if any(missing) else tensor)
-        return torch.cat(padded)
+        shape = [max(sizes) for sizes in zip(*(each.shape for each in tensors), strict=True)]
+        shape[dim] = sum(each.shape[dim] for each in tensors)
+        pinned = self.embed_tokens.weight.is_cuda
+        joined = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pinned)
+        parts = torch.split(joined, [each.shape[dim] for each in tensors], dim)
+        for part, tensor in zip(parts, tensors, strict=True):
+            if part.shape != tensor.shape:
+                part.zero_()
+                part = part[tuple(slice(size) for size in tensor.shape)]
+            part.copy_(tensor)
+        return joined
 
-    def _on_device(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in ON_HOST:
-            return tensor
+    def _on_device(self, argument: Any) -> Any:
+        """The argument, where the model is if it is a tensor."""
         weight = self.embed_tokens.weight
-        dtype = weight.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(weight.device, dtype, non_blocking=True)
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        if weight.is_cuda and not argument.is_pinned():
+            argument = argument.pin_memory()
+        return argument.to(weight.device, non_blocking=True)
 
     def _split(self, rows: Any, counts: Sequence[int]) -> list[torch.Tensor]:
         """A tensor ``(count, hidden)`` of its own for each picture.

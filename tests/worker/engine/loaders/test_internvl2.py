@@ -102,9 +102,10 @@ def test_the_engine_knows_it_as_a_native_family(tmp_path: Path) -> None:
     loaded = load_folder(INTERNLM2.save(tmp_path))
     family = family_of(loaded.model, loaded.processor)
     assert family is not None
+    assert family.normalisation is not None
     pictures = [family.prepare_image(np.asarray(picture(*size))) for size in ((90, 40), (20, 20))]
     for prepared, features in zip(pictures, family.image_features(pictures), strict=True):
-        tiles = prepared.tensors["pixel_values"]
+        tiles = family.normalisation.unpack(prepared.tensors["pixel_values"], torch.float32)
         expected = reference.image_features(INTERNLM2.weights(), INTERNLM2.config, tiles)
         assert prepared.token_ids == [480, *[482] * 4 * len(tiles), 481]
         assert torch.allclose(features.embeddings, expected.flatten(0, 1), atol=1e-4, rtol=0)
