@@ -21,10 +21,12 @@ from transformers import (
     Qwen2Config,
 )
 
+from .offworld import frame_words
 from .sampling import all_texts
-from .vocabulary import COLOURS, HELD_OUT_WORDS, ICONS, LETTERS, OFF_WORLD, SHAPES, WORDS
+from .vocabulary import COLOURS, ICONS, LETTERS, SHAPES
+from .world import USUAL_SIDE
 
-IMAGE_SIZE = 128
+IMAGE_SIZE = USUAL_SIDE
 PATCH = 16
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH // 2) ** 2
 MAX_POSITIONS = 2048
@@ -60,7 +62,7 @@ EXTRA = (
 
 
 NAMES: frozenset[str] = frozenset((*COLOURS, *SHAPES, *ICONS, "bar"))
-"""Words that are one token wherever they stand; words in print are spelled in letters."""
+"""Words that are one token wherever they stand."""
 
 
 def _pieces(text: str) -> list[str]:
@@ -72,7 +74,7 @@ def _pieces(text: str) -> list[str]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose words are those of the world, with bytes for all the rest."""
     words: set[str] = set()
-    for text in [*all_texts(), *OFF_WORLD]:
+    for text in [*all_texts(), *frame_words()]:
         for nth, piece in enumerate(_pieces(text)):
             bare = piece.strip(" ")
             if re.fullmatch(r"[A-Za-z]+", bare):
@@ -82,7 +84,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             elif re.fullmatch(r"[0-9]", bare):
                 words.add(" " + bare)
     words |= {" " + word for word in (*EXTRA.split(), *LETTERS, *NAMES)}
-    words -= set(WORDS) | set(HELD_OUT_WORDS)
     words |= NAMES
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocab = {token: i for i, token in enumerate(SPECIAL)}
@@ -115,12 +116,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
-    """About 8.4 million parameters: more eyes than tongue."""
+    """About 17.8 million parameters: more eyes than tongue."""
     vision = InternVLVisionConfig(
-        hidden_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=1024,
+        hidden_size=320,
+        num_hidden_layers=8,
+        num_attention_heads=5,
+        intermediate_size=1280,
         image_size=IMAGE_SIZE,
         patch_size=PATCH,
         attention_bias=True,
@@ -128,11 +129,11 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
     )
     text = Qwen2Config(
         vocab_size=math.ceil(len(tokenizer) / 64) * 64,
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=704,
+        hidden_size=320,
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        intermediate_size=768,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=None,

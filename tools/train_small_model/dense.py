@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from .build import PAD
+from .scenes import SMALLEST
 from .vocabulary import COLOURS, DIGITS, ICONS, LETTERS, PLACES, SHAPES
 from .world import CELLS, Picture
 
@@ -26,13 +27,15 @@ NAMES = ("", *SHAPES, *ICONS, *LETTERS, *DIGITS, "bar")
 HUES = tuple(COLOURS)
 VALUES = tuple("12345678")
 ALL_PLACES = tuple(place for row in PLACES for place in row)
-SIZES = 8
+SIZES = 10
+LARGEST = 0.25
 HEADS = ("name", "colour", "value", "size", "place")
 
 
 def size_class(r: float) -> int:
-    """Radius on a logarithmic scale from 0.062 to 0.34, finer than what is asked about."""
-    return min(SIZES - 1, max(0, int(SIZES * math.log(r / 0.062) / math.log(0.25 / 0.062))))
+    """Radius on a logarithmic scale, finer than what is asked about."""
+    whole = math.log(LARGEST / SMALLEST)
+    return min(SIZES - 1, max(0, int(SIZES * math.log(r / SMALLEST) / whole)))
 
 
 def cell_labels(picture: Picture) -> np.ndarray:
@@ -59,40 +62,44 @@ class DenseHeads(torch.nn.Module):
 
     def __init__(self, tokenizer: Tokenizer, width: int) -> None:
         super().__init__()
-        self.words = [
-            torch.tensor([_ids(tokenizer, word) for word in words])
-            for words in (NAMES, HUES, VALUES)
-        ]
-        self.biases = torch.nn.ParameterList(torch.zeros(len(ids)) for ids in self.words)
-        self.scale = torch.nn.Parameter(torch.full((len(self.words),), math.log(8.0)))
+        for name, words in zip(HEADS, (NAMES, HUES, VALUES), strict=False):
+            ids = torch.tensor([_ids(tokenizer, word) for word in words])
+            self.register_buffer(f"{name}_ids", ids, persistent=False)
+        self.biases = torch.nn.ParameterList(
+            torch.zeros(len(words)) for words in (NAMES, HUES, VALUES)
+        )
+        self.scale = torch.nn.Parameter(torch.full((3,), math.log(8.0)))
         self.size = torch.nn.Linear(width, SIZES)
         self.place = torch.nn.Linear(width, len(ALL_PLACES))
 
     def forward(
         self, seen: torch.Tensor, embeddings: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, list[float]]:
-        """Loss, and share of right classes per head (NaN where there was nothing to say).
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, and [heads, 2]: right classes and how many there were to tell.
 
-        ``seen`` is [pictures, tokens, width], ``labels`` [pictures, heads, tokens].
+        ``seen`` is [pictures, tokens, width], ``labels`` [pictures, heads, tokens].  Nothing here
+        waits for the device.
         """
         seen = seen.float()
         logits = [
-            seen @ embeddings[ids.to(seen.device)].float().mean(1).T * scale.exp() + bias
-            for ids, scale, bias in zip(self.words, self.scale, self.biases, strict=True)
+            seen @ embeddings[self.get_buffer(f"{name}_ids")].float().mean(1).T * scale.exp() + bias
+            for name, scale, bias in zip(HEADS, self.scale, self.biases, strict=False)
         ]
         logits += [self.size(seen), self.place(seen)]
         loss = seen.new_zeros(())
-        right = []
+        told = []
         for nth, head in enumerate(logits):
-            known = labels[:, nth] >= 0
-            wanted = labels[:, nth][known]
-            if wanted.numel():
-                loss = loss + cross_entropy(head[known], wanted)
+            wanted = labels[:, nth]
+            known = wanted >= 0
+            total = cross_entropy(
+                head.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum"
+            )
+            loss = loss + total / known.sum().clamp(min=1)
             if nth == 0:
-                known = known & (labels[:, 0] > 0)
-                wanted = labels[:, 0][known]
-            right.append(float((head[known].argmax(-1) == wanted).float().mean()))
-        return loss, right
+                known = wanted > 0
+            right = (head.argmax(-1) == wanted) & known
+            told.append(torch.stack((right.sum(), known.sum())))
+        return loss, torch.stack(told).float()
 
 
 def _ids(tokenizer: Tokenizer, word: str) -> list[int]:

@@ -7,7 +7,7 @@ from one pass over packed conversations (each token is the likeliest after the r
 it), which gives the very same verdict as generating; ``--generate 50`` checks 50 of each kind
 through the exported processor and ``model.generate``.  "Guess" is the share of the commonest
 answer: what one gets without looking.  Two columns: the held-out phrasing, and the phrasings of
-training; the pictures are held out in both.
+training; the pictures are held out in both.  Runs on CUDA if there is one.
 """
 
 import argparse
@@ -16,21 +16,35 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     InternVLForConditionalGeneration,
 )
 
-from .packing import Batch, Group, Packer, Shape, attention_mask
+from .forward import hidden_states, look
+from .packing import LARGE, SKILLS, Batch, Group, Packer, Shape
 from .sampling import MOST, sample
 
 FIRST_SEED = 3_000_000
-KINDS = {"shapes": 6, "large": 1, "word": 1, "number": 1, "icons": 1, "bars": 2, "pair": 2}
-LARGE = "any, large shapes"
+KINDS = {
+    "shapes": 6,
+    "large": 1,
+    "word": 2,
+    "number": 1,
+    "icons": 2,
+    "bars": 2,
+    "pair": 3,
+    "later": 1,
+    "noise": 1,
+    "none": 1,
+}
+QUESTIONS = 12
 
 
 def arguments() -> argparse.Namespace:
@@ -41,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--most", type=int, default=MOST, help="shapes in a picture at the most")
     parser.add_argument("--generate", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser.parse_args()
 
@@ -60,94 +75,117 @@ class Score:
         return max(self.truths.values()) / self.asked
 
 
-def kinds() -> Iterator[str]:
-    """Kinds of pictures in their proportions, for ever."""
-    while True:
-        for kind, times in KINDS.items():
-            yield from [kind] * times
+class HeldOut(IterableDataset[Batch]):
+    """Packed batches of held-out samples, shared out among the loader's processes."""
+
+    def __init__(self, packer: Packer, pictures: int, most: int, usual_phrasing: bool) -> None:
+        self.packer = packer
+        self.pictures = pictures
+        self.most = most
+        self.usual_phrasing = usual_phrasing
+
+    def _group(self, seed: int, kind: str) -> Group:
+        drawn = sample(
+            seed,
+            kind,
+            held_out=True,
+            usual_phrasing=self.usual_phrasing,
+            most=self.most,
+            questions=QUESTIONS,
+        )
+        if kind == "large":
+            drawn.talks = [tuple(replace(t, skill=LARGE) for t in u) for u in drawn.talks]
+        return self.packer.group(drawn, None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        nth, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        kinds = cycle([kind for kind, times in KINDS.items() for _ in range(times)])
+        every = enumerate(islice(kinds, self.pictures))
+        mine = [(FIRST_SEED + i, kind) for i, kind in every if i % workers == nth]
+        waiting: list[Group] = []
+        while mine or waiting:
+            while mine and len(waiting) < self.packer.shape.images:
+                waiting.append(self._group(*mine.pop()))
+            batch = self.packer.fill(waiting)
+            del waiting[: max(1, int(batch["n_groups"]))]
+            yield batch
 
 
 def answers(
     model: InternVLForConditionalGeneration, batch: Batch
-) -> Iterator[tuple[int, list[int], list[int]]]:
-    """For each answer of a batch: its skill's number, the true tokens, the tokens given."""
-    used = int(batch["n_images"])
-    ids = batch["ids"]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """For each answer of a batch: its skill, the true tokens, the tokens given."""
+    moved = {k: v.to(model.device) for k, v in batch.items()}
     with torch.inference_mode():
-        embeds = model.get_input_embeddings()(ids)
-        pixel_values = batch["images"][:used].to(embeds.dtype) / 127.5 - 1
-        seen = model.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], seen)
-        hidden = model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask(batch, embeds.dtype),
-            position_ids=batch["positions"],
-            use_cache=False,
-        ).last_hidden_state
-        learnt = batch["labels"] >= 0
-        given = torch.full_like(ids, -1)
-        given[learnt] = model.lm_head(hidden[learnt]).argmax(-1)
-    for row in range(ids.shape[0]):
-        at = 0
-        places = torch.nonzero(learnt[row]).flatten().tolist()
-        while at < len(places):
-            end = at + 1
-            while end < len(places) and places[end] == places[end - 1] + 1:
-                end += 1
-            part = slice(places[at], places[end - 1] + 1)
-            yield (
-                int(batch["skills"][row, part][0]),
-                batch["labels"][row, part].tolist(),
-                given[row, part].tolist(),
-            )
-            at = end
+        hidden = hidden_states(model, moved, look(model, moved["images"]))
+        given = model.lm_head(hidden).argmax(-1).tolist()
+    wanted, turn, skills = (batch[k].tolist() for k in ("wanted", "turn", "turn_skill"))
+    found: list[tuple[str, list[int], list[int]]] = [
+        (SKILLS[skill], [], []) for skill in skills[: int(batch["n_turns"])]
+    ]
+    for number, true, said in zip(turn, wanted, given, strict=True):
+        if true >= 0:
+            found[number][1].append(true)
+            found[number][2].append(said)
+    yield from found
 
 
 def measure(
-    model: InternVLForConditionalGeneration,
-    packer: Packer,
-    pictures: int,
-    most: int,
-    usual_phrasing: bool,
+    model: InternVLForConditionalGeneration, held_out: HeldOut, workers: int, until: float
 ) -> dict[str, Score]:
-    """Scores by skill over so many held-out samples."""
+    """Scores by skill; stops early at the time ``until``."""
     scores: dict[str, Score] = defaultdict(Score)
-    names = packer.skills
-
-    def groups() -> Iterator[Group]:
-        for seed, kind in zip(range(FIRST_SEED, FIRST_SEED + pictures), kinds(), strict=False):
-            drawn = sample(
-                seed,
-                kind,
-                held_out=True,
-                usual_phrasing=usual_phrasing,
-                most=most,
-                questions=12,
-            )
-            if kind == "large":
-                drawn.talks = [tuple(replace(t, skill=LARGE) for t in u) for u in drawn.talks]
-            yield packer.group(drawn, None)
-
-    waiting = list(groups())
-    while waiting:
-        batch = packer.fill(waiting)
-        done = max(1, int(sum(_groups_in(batch))))
-        waiting = waiting[done:]
-        by_number = {number: name for name, number in names.items()}
-        for number, true, given in answers(model, batch):
-            score = scores[by_number[number]]
+    tokenizer = held_out.packer.tokenizer
+    for batch in DataLoader(held_out, batch_size=None, num_workers=workers):
+        for skill, true, given in answers(model, batch):
+            score = scores[skill]
             score.asked += 1
             score.right += true == given
-            text = packer.tokenizer.decode(true)
+            text = tokenizer.decode(true)
             score.truths[text] += 1
-            said = packer.tokenizer.decode(given[:-1]) if given[-1] == true[-1] else ""
+            said = tokenizer.decode(given[:-1]) if given[-1] == true[-1] else ""
             if text.isdigit() and said.isdigit():
                 score.near += abs(int(text) - int(said)) <= 1
+        if time.monotonic() > until:
+            break
     return dict(scores)
 
 
-def _groups_in(batch: Batch) -> list[int]:
-    return [int(row.max()) for row in batch["groups"]]
+def table(
+    folder: Path, pictures: int, most: int = MOST, workers: int = 0, seconds: float = 1e9
+) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """The lines of the table, and its figures, of an exported model."""
+    began = time.monotonic()
+    cuda = torch.cuda.is_available()
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16 if cuda else torch.float32
+    ).eval()
+    if cuda:
+        model = model.to("cuda")
+    shape = Shape(rows=40, images=130) if cuda else Shape(rows=8, images=28)
+    packer = Packer(str(folder / "tokenizer.json"), shape)
+    new, usual = (
+        measure(
+            model, HeldOut(packer, pictures, most, usual_phrasing), workers, began + part * seconds
+        )
+        for usual_phrasing, part in ((False, 0.5), (True, 1.0))
+    )
+    lines = [
+        "| skill | held-out phrasing | trained phrasings | within 1 | guess | n |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    figures: dict[str, dict[str, float]] = {}
+    for skill in sorted(new):
+        a, b = new[skill], usual.get(skill, Score(0, 1))
+        numeric = all(text.isdigit() for text in a.truths) and skill != "read number"
+        near = f"{100 * a.near / a.asked:.0f} %" if numeric else ""
+        row = (100 * a.right / a.asked, 100 * b.right / b.asked, 100 * a.guess)
+        lines.append(
+            f"| {skill} | {row[0]:.1f} % | {row[1]:.1f} % | {near} | {row[2]:.0f} % | {a.asked} |"
+        )
+        figures[skill] = {"held_out": row[0], "usual": row[1], "guess": row[2], "n": a.asked}
+    return lines, figures
 
 
 def check_by_generating(folder: Path, each: int) -> tuple[int, int, float]:
@@ -162,7 +200,8 @@ def check_by_generating(folder: Path, each: int) -> tuple[int, int, float]:
             if not drawn.talks:
                 continue
             turn = drawn.talks[0][0]
-            content = [{"type": "image", "image": image} for image in drawn.images]
+            images = drawn.images[: len(drawn.images) - sum(t.brings for t in drawn.talks[0])]
+            content = [{"type": "image", "image": image} for image in images]
             content.append({"type": "text", "text": turn.question})
             inputs = processor.apply_chat_template(
                 [{"role": "user", "content": content}],
@@ -181,22 +220,8 @@ def main() -> None:
     """Measure and print the table."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
-    packer = Packer(str(args.model / "tokenizer.json"), Shape(rows=32, images=40), {})
-    new = measure(model, packer, args.pictures, args.most, usual_phrasing=False)
-    usual = measure(model, packer, args.pictures, args.most, usual_phrasing=True)
-    print("| skill | held-out phrasing | trained phrasings | within 1 | guess | n |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    figures: dict[str, dict[str, float]] = {}
-    for skill in sorted(new):
-        a, b = new[skill], usual.get(skill, Score(0, 1))
-        numeric = all(text.isdigit() for text in a.truths) and skill != "read number"
-        near = f"{100 * a.near / a.asked:.0f} %" if numeric else ""
-        row = (100 * a.right / a.asked, 100 * b.right / b.asked, 100 * a.guess)
-        print(
-            f"| {skill} | {row[0]:.0f} % | {row[1]:.0f} % | {near} | {row[2]:.0f} % | {a.asked} |"
-        )
-        figures[skill] = {"held_out": row[0], "usual": row[1], "guess": row[2], "n": a.asked}
+    lines, figures = table(args.model, args.pictures, args.most, args.workers)
+    print("\n".join(lines))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     if args.generate:

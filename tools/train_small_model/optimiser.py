@@ -2,7 +2,7 @@
 
 Muon (Jordan et al., 2024) takes the momentum of a matrix and makes all its singular values about
 one before stepping.  Matrices of one shape are stacked and done together, which on a CPU takes
-0.18 s for the whole model where one after the other takes 0.3 s.
+a little more than half as long as one after the other.
 """
 
 from collections import defaultdict
@@ -53,7 +53,11 @@ class Masters:
             for key, names in alike.items()
         }
         self.adam = torch.optim.AdamW(
-            list(self.others.values()), lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0
+            list(self.others.values()),
+            lr=adam_rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            fused=next(iter(self.others.values())).is_cuda,
         )
 
     def attach(self, model: torch.nn.Module) -> None:
@@ -89,8 +93,8 @@ class Masters:
     @torch.no_grad()
     def write(self) -> None:
         """Copy the masters into the live weights."""
-        for name, weight in self.weights().items():
-            self.live[name].copy_(weight)
+        weights = self.weights()
+        torch._foreach_copy_([self.live[name] for name in weights], list(weights.values()))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All float32 weights by name."""

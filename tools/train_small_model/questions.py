@@ -5,33 +5,20 @@ question would have no clear answer.  Yes and no are drawn first and the questio
 that guessing stays at one half.
 """
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from .offworld import off_world
+from .scenes import draw_bars, draw_icons, draw_mix, draw_noise, draw_number, draw_shapes
 from .talk import Asker, Turn, with_articles
-from .vocabulary import (
-    COLOURS,
-    HELD_OUT_OFF_WORLD,
-    ICONS,
-    OFF_WORLD,
-    PLURAL,
-    SHAPES,
-    UNKNOWN,
-)
-from .world import (
-    CELLS,
-    Picture,
-    Thing,
-    draw_bars,
-    draw_icons,
-    draw_mix,
-    draw_noise,
-    draw_number,
-    draw_shapes,
-)
+from .vocabulary import COLOURS, ICONS, OTHER_THINGS, PLURAL, SHAPES, UNKNOWN
+from .world import Picture, Thing
 
 Maker = Callable[[Asker, Picture], Turn | None]
+HUES = tuple(COLOURS)
+ICON_NAMES = tuple(ICONS)
 
 
 def _unique(things: Sequence[Thing], key: Callable[[Thing], str]) -> list[Thing]:
@@ -74,7 +61,7 @@ def count_shape(ask: Asker, pic: Picture) -> Turn | None:
 
 
 def count_colour(ask: Asker, pic: Picture) -> Turn | None:
-    colour = _some(ask, pic, _colour, list(COLOURS))
+    colour = _some(ask, pic, _colour, HUES)
     found = sum(t.colour == colour for t in pic.things)
     return ask("count colour", str(found), colour=colour)
 
@@ -102,7 +89,7 @@ def exists(ask: Asker, pic: Picture) -> Turn | None:
         return ask("exists", "yes", colour=thing.colour, name=thing.name)
     for _ in range(20):
         near = ask.rng.choice(pic.things)
-        name, hue = ask.rng.choice(SHAPES), ask.rng.choice(list(COLOURS))
+        name, hue = ask.rng.choice(SHAPES), ask.rng.choice(HUES)
         half = ask.rng.random()
         name, hue = (
             (near.name, hue) if half < 0.4 else (name, near.colour) if half < 0.8 else (name, hue)
@@ -113,13 +100,49 @@ def exists(ask: Asker, pic: Picture) -> Turn | None:
 
 
 def exists_simple(ask: Asker, pic: Picture) -> Turn | None:
-    every = SHAPES if pic.kind == "shapes" else list(ICONS)
+    """Names that are not there are mostly of this world, and mostly of this kind of picture."""
     there = {t.name for t in pic.things}
-    yes = ask.yes()
-    names = sorted(there) if yes else [n for n in every if n not in there]
-    if not names:
+    if ask.yes():
+        return ask("exists simple", "yes", name=ask.rng.choice(sorted(there)))
+    kind = ask.rng.random()
+    usual, other = (SHAPES, ICON_NAMES) if pic.kind == "shapes" else (ICON_NAMES, SHAPES)
+    every = usual if kind < 0.7 else other if kind < 0.8 else OTHER_THINGS
+    name = ask.rng.choice(every)
+    return None if name in there else ask("exists simple", "no", name=name)
+
+
+def is_colour(ask: Asker, pic: Picture) -> Turn | None:
+    ones = _unique(pic.things, _name)
+    if not ones:
         return None
-    return ask("exists simple", _word_for(yes), name=ask.rng.choice(names))
+    thing = ask.rng.choice(ones)
+    if ask.yes():
+        return ask("is colour", "yes", name=thing.name, colour=thing.colour)
+    near = [t.colour for t in pic.things if t.colour != thing.colour]
+    hue = ask.rng.choice(near) if near and ask.rng.random() < 0.6 else ask.rng.choice(HUES)
+    if hue == thing.colour:
+        return None
+    return ask("is colour", "no", name=thing.name, colour=hue)
+
+
+def absent(ask: Asker, pic: Picture) -> Turn | None:
+    """Asked about what is not there, it says so."""
+    if ask.rng.random() < 0.5:
+        names = [n for n in SHAPES if all(t.name != n for t in pic.things)]
+        if not names:
+            return None
+        name = ask.rng.choice(names)
+        skill = ask.rng.choice(("colour", "where"))
+        words = {"name": name} if skill == "colour" else {"thing": name}
+    else:
+        near = ask.rng.choice(pic.things)
+        pair = (near.name, ask.rng.choice(HUES)), (ask.rng.choice(SHAPES), near.colour)
+        shape_name, hue = ask.rng.choice(pair)
+        if any((t.name, t.colour) == (shape_name, hue) for t in pic.things):
+            return None
+        name = f"{hue} {shape_name}"
+        skill, words = "where", {"thing": name}
+    return Turn(ask.words(skill, **words), f"There is no {name}.", "absent")
 
 
 def where(ask: Asker, pic: Picture) -> Turn | None:
@@ -219,16 +242,18 @@ def more(ask: Asker, pic: Picture) -> Turn | None:
 
 
 def describe(ask: Asker, pic: Picture) -> Turn | None:
-    """Up to three shapes, row by row."""
-    if len(pic.things) > 3:
+    """Up to four shapes or icons from left to right; of all else only what it is."""
+    if pic.text:
+        return ask("describe", f"A {pic.kind}.")
+    if pic.bars:
+        return ask("describe", f"A chart of {len(pic.bars)} bars.")
+    if len(pic.things) > 4:
+        return ask("describe", f"{len(pic.things)} shapes.")
+    order = sorted(pic.things, key=lambda t: t.x)
+    if any(b.x - a.x < 0.05 for a, b in itertools.pairwise(order)):
         return None
-    parts = [f"a {t.phrase}" for t in sorted(pic.things, key=lambda t: (_row(t), t.x))]
-    text = with_articles(", ".join(parts))
+    text = with_articles(", ".join(f"a {t.phrase}" for t in order))
     return ask("describe", text[0].upper() + text[1:] + ".")
-
-
-def _row(thing: Thing) -> int:
-    return int(thing.y * CELLS)
 
 
 def read_word(ask: Asker, pic: Picture) -> Turn | None:
@@ -289,15 +314,20 @@ def bar_taller(ask: Asker, pic: Picture) -> Turn | None:
     return ask("bar taller", _word_for(a.value > b.value), a=a.colour, b=b.colour)
 
 
-def off_world(ask: Asker, pic: Picture) -> Turn | None:
-    questions = HELD_OUT_OFF_WORLD if ask.held_out else OFF_WORLD
-    return Turn(ask.rng.choice(questions), UNKNOWN, "unknown")
+def unknown(ask: Asker, pic: Picture) -> Turn | None:
+    return Turn(off_world(ask.rng, ask.held_out), UNKNOWN, "unknown")
 
 
-def noise(ask: Asker, pic: Picture) -> Turn | None:
-    skill = ask.rng.choice(("describe", "count", "read word", "icon", "colour"))
-    turn = ask(skill, UNKNOWN, **({"name": ask.rng.choice(SHAPES)} if skill == "colour" else {}))
-    return Turn(turn.question, UNKNOWN, "unknown")
+NOT_TO_BE_SEEN = ("describe", "count", "read word", "icon", "colour", "where", "at", "bar tallest")
+
+
+def nothing(ask: Asker, pic: Picture) -> Turn | None:
+    """A question of this world on noise, or on no picture at all."""
+    skill = ask.rng.choice(NOT_TO_BE_SEEN)
+    thing = ask.rng.choice(SHAPES)
+    place = ask.rng.choice(("top", "left", "top right", "center"))
+    text = ask.words(skill, name=thing, thing=f"{ask.rng.choice(HUES)} {thing}", place=place)
+    return Turn(text, UNKNOWN, "nothing")
 
 
 MAKERS: dict[str, dict[Maker, float]] = {
@@ -309,6 +339,7 @@ MAKERS: dict[str, dict[Maker, float]] = {
         shape: 1.2,
         exists: 0.7,
         exists_simple: 0.7,
+        is_colour: 0.5,
         where: 1.5,
         at: 1.0,
         largest: 1.0,
@@ -318,20 +349,30 @@ MAKERS: dict[str, dict[Maker, float]] = {
         beside: 1.2,
         more: 0.4,
         describe: 1.0,
-        off_world: 0.15,
+        absent: 0.5,
+        unknown: 0.5,
     },
-    "word": {read_word: 2.0, text_colour: 0.4, off_world: 0.05},
-    "number": {read_number: 2.0, text_colour: 0.3, off_world: 0.03},
-    "icons": {icon: 2.0, icon_colour: 2.0, icon_count: 0.5, exists_simple: 1.5, off_world: 0.1},
+    "word": {read_word: 2.0, text_colour: 0.4, describe: 0.2, unknown: 0.2},
+    "number": {read_number: 2.0, text_colour: 0.3, describe: 0.2, unknown: 0.1},
+    "icons": {
+        icon: 2.0,
+        icon_colour: 1.5,
+        icon_count: 0.7,
+        exists_simple: 1.0,
+        is_colour: 0.5,
+        describe: 0.7,
+        unknown: 0.3,
+    },
     "bars": {
         bar_tallest: 1.0,
         bar_shortest: 1.0,
         bar_count: 0.5,
         bar_value: 2.0,
         bar_taller: 1.0,
-        off_world: 0.05,
+        describe: 0.3,
+        unknown: 0.2,
     },
-    "noise": {noise: 1.0},
+    "noise": {nothing: 1.0, unknown: 0.3},
     "mix": {},
 }
 """Which questions suit which picture, and how often each is asked."""

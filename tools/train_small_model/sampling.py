@@ -6,22 +6,37 @@
 Training seeds are even and held-out seeds are odd, so the two can never meet.
 """
 
+import json
 import random
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
 
-from .questions import DRAW, MAKERS, larger, relation
-from .talk import Asker, Sample, Talk, Turn
-from .world import Picture, draw_shapes, draw_word, icon_font
+from .following import follow, later_talk, pair_turn
+from .questions import DRAW, MAKERS, Maker, nothing, unknown
+from .scenes import draw_shapes, draw_word
+from .talk import Asker, Sample, Talk
+from .world import Picture, icon_font
+
+MOST = 9
+"""Shapes in a picture at the most, unless the caller says otherwise."""
+
+MOST_ABOUT_TEXT = 3
+"""There is little to ask about a word."""
 
 KIND_WEIGHTS: dict[str, float] = {
     "shapes": 5.0,
-    "large": 1.5,
-    "word": 1.0,
+    "large": 1.0,
+    "word": 2.5,
     "number": 1.0,
     "icons": 1.0,
-    "bars": 1.0,
-    "pair": 0.7,
-    "noise": 0.05,
+    "bars": 1.2,
+    "pair": 1.2,
+    "later": 0.25,
+    "noise": 0.2,
+    "none": 0.1,
 }
 """How often each kind of picture is drawn, unless the caller says otherwise."""
 
@@ -30,20 +45,85 @@ FOR_THE_EYES: dict[str, float] = {
     "shapes": 3.0,
     "large": 1.0,
     "word": 0.7,
-    "number": 0.7,
-    "icons": 1.5,
-    "bars": 0.7,
+    "number": 0.4,
+    "icons": 1.2,
+    "bars": 0.9,
 }
 """The same for the first part of training, in which nothing is asked."""
 
 
-MOST = 2
-"""Shapes in a picture at the most, unless the caller says otherwise (up to nine)."""
+@dataclass
+class Steering:
+    """What to draw and to ask just now; the trainer writes it, the drawing processes read it.
 
-MOST_ABOUT_TEXT = 3
-"""There is little to ask about a word."""
+    ``skills`` says how much more often than usual to ask for a skill.
+    """
 
-ALL_KINDS = {*KIND_WEIGHTS, *FOR_THE_EYES}
+    eyes: bool = False
+    most: int = MOST
+    kinds: dict[str, float] = field(default_factory=dict)
+    skills: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def makers(self) -> Mapping[str, tuple[list[Maker], list[float]]]:
+        """For each kind of picture what may be asked, and the running sum of how often."""
+        return {
+            kind: (
+                list(makers),
+                list(
+                    accumulate(
+                        often * self.skills.get(skill_of(maker), 1.0)
+                        for maker, often in makers.items()
+                    )
+                ),
+            )
+            for kind, makers in MAKERS.items()
+        }
+
+    @cached_property
+    def table(self) -> tuple[list[str], list[float]]:
+        """Kinds of pictures, and the running sum of how often each is drawn."""
+        if self.eyes:
+            weights = dict(FOR_THE_EYES)
+        else:
+            base = self.kinds or KIND_WEIGHTS
+            weights = {kind: often * self._need(kind) for kind, often in base.items()}
+        if icon_font() is None:
+            weights.pop("icons", None)
+        return list(weights), list(accumulate(weights.values()))
+
+    def _need(self, kind: str) -> float:
+        """How much more often than usual the skills of this kind shall be asked for."""
+        if not self.skills:
+            return 1.0
+        if kind in ("pair", "later"):
+            found = [v for skill, v in self.skills.items() if skill.startswith("pair")]
+            return sum(found) / len(found) if found else 1.0
+        makers = MAKERS.get("shapes" if kind == "large" else kind, {nothing: 1.0})
+        return sum(
+            often * self.skills.get(skill_of(maker), 1.0) for maker, often in makers.items()
+        ) / max(1e-9, sum(makers.values()))
+
+    def write(self, path: Path) -> None:
+        """Replace the file, in one piece."""
+        path.with_suffix(".new").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.with_suffix(".new").replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Steering":
+        """What the file says; the defaults if there is none."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError):
+            return cls()
+
+
+def skill_of(maker: Maker) -> str:
+    """The name of the skill that a maker asks for."""
+    return maker.__name__.replace("_", " ")
+
+
+USUAL = Steering()
 
 
 def sample(
@@ -52,9 +132,9 @@ def sample(
     *,
     held_out: bool = False,
     usual_phrasing: bool = False,
-    most: int = MOST,
+    most: int | None = None,
     questions: int = 10,
-    weights: Mapping[str, float] | None = None,
+    steering: Steering = USUAL,
 ) -> Sample:
     """Draw one sample: pictures of one kind, and up to ``questions`` conversations about them.
 
@@ -63,94 +143,64 @@ def sample(
     """
     rng = random.Random(2 * seed + int(held_out))
     ask = Asker(rng, held_out and not usual_phrasing)
+    most = steering.most if most is None else most
     if kind is None:
-        table = {k: v for k, v in (weights or KIND_WEIGHTS).items() if k in ALL_KINDS}
-        if icon_font() is None:
-            table.pop("icons", None)
-        kind = rng.choices(list(table), list(table.values()))[0]
-    if kind == "pair":
-        return _pair(rng, ask, min(most, 5), questions)
+        kinds, often = steering.table
+        kind = rng.choices(kinds, cum_weights=often)[0]
+    if kind in ("pair", "later"):
+        return _pair(rng, ask, min(most, 5), questions, later=kind == "later")
+    if kind == "none":
+        turns = [rng.choice((nothing, unknown))(ask, _NO_PICTURE) for _ in range(min(2, questions))]
+        return Sample(kind, [], [(turn,) for turn in turns if turn])
     if kind == "word":
         picture = draw_word(rng, held_out)
     elif kind in ("shapes", "large"):
         picture = draw_shapes(rng, most, kind == "large")
     else:
         picture = DRAW[kind](rng)
-    return Sample(kind, [picture], _talks(rng, ask, picture, questions))
+    return Sample(kind, [picture], _talks(rng, ask, picture, questions, steering))
 
 
-def _talks(rng: random.Random, ask: Asker, picture: Picture, questions: int) -> list[Talk]:
-    """Different questions about one picture; about one conversation in eight goes on."""
-    makers = MAKERS[picture.kind]
-    names = list(makers)
+_NO_PICTURE = Picture("none", None)  # type: ignore[arg-type]
+
+
+def _talks(
+    rng: random.Random, ask: Asker, picture: Picture, questions: int, steering: Steering
+) -> list[Talk]:
+    """Different questions about one picture; about one conversation in six goes on."""
+    if picture.kind == "mix":
+        return []
+    makers, often = steering.makers[picture.kind]
     if picture.text:
         questions = min(questions, MOST_ABOUT_TEXT)
-    weights = list(makers.values())
+    elif picture.kind == "noise":
+        questions = min(questions, 4)
     talks: list[Talk] = []
     seen: set[str] = set()
-    for _ in range(2 * questions if names else 0):
-        turn = rng.choices(names, weights)[0](ask, picture)
+    for maker in rng.choices(makers, cum_weights=often, k=2 * questions):
+        turn = maker(ask, picture)
         if turn is None or turn.question in seen:
             continue
         seen.add(turn.question)
-        follow = _follow(rng, ask, picture, turn) if rng.random() < 0.3 else None
-        talks.append((turn, follow) if follow else (turn,))
+        then = follow(rng, ask, picture, turn) if rng.random() < 0.3 else None
+        talks.append((turn, then) if then else (turn,))
         if len(talks) == questions:
             break
     return talks
 
 
-FOLLOW_SHAPE = ("And what shape is it?", "What shape is it?", "Which shape is that?")
-FOLLOW_COLOUR = ("And what colour is it?", "What color is it?", "Which colour is that?")
-FOLLOW_PLACE = ("And where is it?", "Where is it?", "Where is that?")
-FOLLOW_MORE = ("Is that more than {n}?", "Are these more than {n}?", "Is it more than {n}?")
-FOLLOW_AGAIN = ("And the {b}?", "What about the {b}?", "And what about the {b}?")
-
-
-def _follow(rng: random.Random, ask: Asker, picture: Picture, turn: Turn) -> Turn | None:
-    """A second question that means nothing without the first."""
-
-    def way(ways: tuple[str, ...]) -> str:
-        return ways[-1] if ask.held_out else rng.choice(ways[:-1])
-
-    if turn.skill in ("count", "count shape", "count colour"):
-        number = int(turn.answer)
-        limit = max(0, number + rng.choice((-2, -1, -1, 0, 1)))
-        text = way(FOLLOW_MORE).format(n=limit)
-        return Turn(text, "yes" if number > limit else "no", "follow count")
-    if turn.skill in ("colour", "shape") and picture.kind == "shapes":
-        key = "name" if turn.skill == "colour" else "colour"
-        about = [t for t in picture.things if turn.answer in (t.colour, t.name)]
-        asked = turn.question.rstrip("?").split()
-        about = [t for t in about if getattr(t, key) in asked]
-        if len(about) == 1 and about[0].placed_clearly:
-            return Turn(way(FOLLOW_PLACE), about[0].place, "follow where")
-    if turn.skill == "where":
-        ones = [t for t in picture.things if t.placed_clearly and t.phrase not in turn.question]
-        ones = [t for t in ones if sum(o.phrase == t.phrase for o in picture.things) == 1]
-        ones = [t for t in ones if t.name not in turn.question]
-        if ones:
-            other = rng.choice(ones)
-            return Turn(way(FOLLOW_AGAIN).format(b=other.phrase), other.place, "follow again")
-    if turn.skill in ("icon", "icon side"):
-        thing = next(t for t in picture.things if t.name == turn.answer)
-        return Turn(way(FOLLOW_COLOUR), thing.colour, "follow colour")
-    if turn.skill in ("largest", "smallest", "at"):
-        thing = next(t for t in picture.things if t.phrase == turn.answer)
-        if turn.skill != "at" and thing.placed_clearly:
-            return Turn(way(FOLLOW_PLACE), thing.place, "follow where")
-    if turn.skill in ("larger", "relation"):
-        return (larger if turn.skill == "larger" else relation)(ask, picture)
-    return None
-
-
-def _pair(rng: random.Random, ask: Asker, most: int, questions: int) -> Sample:
-    """Two pictures of shapes and questions that need both to be told apart."""
-    first, second = draw_shapes(rng, most), draw_shapes(rng, most)
+def _pair(rng: random.Random, ask: Asker, most: int, questions: int, later: bool) -> Sample:
+    """Two pictures of shapes, of equally many in four samples of ten."""
+    first = draw_shapes(rng, most)
+    n = len(first.things) if rng.random() < 0.4 else None
+    second = draw_shapes(rng, most, n=n)
+    if later:
+        talk = later_talk(rng, ask, first, second)
+        return Sample("later", [first, second], [talk] if talk and questions else [])
     talks: list[Talk] = []
     seen: set[str] = set()
     for _ in range(2 * questions):
-        turn = _pair_turn(rng, ask, first, second)
+        turn = pair_turn(rng, ask, first, second)
         if turn is not None and turn.question not in seen:
             seen.add(turn.question)
             talks.append((turn,))
@@ -159,37 +209,17 @@ def _pair(rng: random.Random, ask: Asker, most: int, questions: int) -> Sample:
     return Sample("pair", [first, second], talks)
 
 
-def _pair_turn(rng: random.Random, ask: Asker, first: Picture, second: Picture) -> Turn | None:
-    nth, picture, other = rng.choice((("first", first, second), ("second", second, first)))
-    skill = rng.choice(("pair more", "pair count", "pair colour", "pair which"))
-    if skill == "pair more":
-        a, b = len(first.things), len(second.things)
-        return ask(skill, "the first" if a > b else "the second") if a != b else None
-    if skill == "pair count":
-        return ask(skill, str(len(picture.things)), nth=nth)
-    if skill == "pair colour":
-        names = [t.name for t in picture.things]
-        ones = [t for t in picture.things if names.count(t.name) == 1]
-        if not ones:
-            return None
-        thing = rng.choice(ones)
-        return ask(skill, thing.colour, name=thing.name, nth=nth)
-    there = {t.phrase for t in other.things}
-    ones = [t for t in picture.things if t.phrase not in there]
-    if not ones:
-        return None
-    return ask(skill, f"the {nth}", thing=rng.choice(ones).phrase)
-
-
 def all_texts() -> list[str]:
     """Enough sampled questions and answers to hold every word of the world.
 
-    Printed words are left out: the model is to spell them, letter by letter.
+    Left out are printed words, which the model is to spell letter by letter, and what is not of
+    the world, so that it learns to not know words that it never met.
     """
     texts: list[str] = []
-    for seed in range(4000):
+    for seed in range(6000):
         for held_out in (False, True):
             for talk in sample(seed, held_out=held_out).talks:
-                texts += [turn.question for turn in talk]
-                texts += [turn.answer for turn in talk if turn.skill != "read word"]
+                known = [turn for turn in talk if turn.skill != "unknown"]
+                texts += [turn.question for turn in known]
+                texts += [turn.answer for turn in known if turn.skill != "read word"]
     return texts

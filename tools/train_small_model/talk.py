@@ -6,17 +6,21 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .vocabulary import ASK
+from .phrasings import ASK
 from .world import Picture
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question, its answer and the skill it needs."""
+    """One question, its answer and the skill it needs.
+
+    ``brings`` is the number of the sample's pictures that come with this turn and not at the start.
+    """
 
     question: str
     answer: str
     skill: str
+    brings: int = 0
 
 
 Talk = tuple[Turn, ...]
@@ -37,6 +41,9 @@ class Sample:
         return [picture.image for picture in self.pictures]
 
 
+OPENINGS = ("Please tell me: ", "Question: ", "Hi! ", "Look at the picture. ", "Please: ", "Now: ")
+
+
 @dataclass
 class Asker:
     """Chooses phrasings: those for training, or the held-out one of each skill."""
@@ -45,21 +52,31 @@ class Asker:
     held_out: bool = False
 
     def __call__(self, skill: str, answer: str, **words: str) -> Turn:
+        return Turn(self.words(skill, **words), answer, skill)
+
+    def words(self, skill: str, **words: str) -> str:
+        """A question for the skill."""
         ways = ASK[skill]
-        text = ways[-1] if self.held_out else self.rng.choice(ways[:-1])
-        text = with_articles(text.format(**words))
-        if not self.held_out:
-            if self.rng.random() < 0.1:
-                text = text[0].lower() + text[1:]
-            if self.rng.random() < 0.1:
-                text = text[:-1]
-        return Turn(text, answer, skill)
+        if self.held_out:
+            return with_articles(ways.held_out.format(**words))
+        text = with_articles(self.rng.choice(self.rng.choice(ways.train)).format(**words))
+        style = self.rng.random()
+        if style < 0.1:
+            text = text[0].lower() + text[1:]
+        elif style < 0.14:
+            text = self.rng.choice(OPENINGS) + text
+        if self.rng.random() < 0.1:
+            text = text.rstrip("?.!")
+        return text
 
     def yes(self) -> bool:
         """Whether the next yes/no question shall have yes for an answer."""
         return self.rng.random() < 0.5
 
 
+_VOWEL_AFTER_A = re.compile(r"\b([Aa]) (?=[aeiou])")
+
+
 def with_articles(text: str) -> str:
     """``a orange ring`` becomes ``an orange ring``."""
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    return _VOWEL_AFTER_A.sub(r"\1n ", text)

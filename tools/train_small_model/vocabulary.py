@@ -1,8 +1,6 @@
-"""The names and phrasings of the small model's world.
+"""The names of the small model's world: colours, shapes, icons, printed words, places.
 
-Plain data: colours, shapes, icons, printed words and, for each skill, the ways to ask for it.  The
-last phrasing of every list in ``ASK`` is held out: it is never trained on and is what
-``evaluate.py`` asks with.
+How they are asked about is in ``phrasings.py``, what is not of this world in ``offworld.py``.
 """
 
 from typing import Final
@@ -61,12 +59,46 @@ WORDS: Final = tuple(
     stop go open exit sale free dog bird bus one two six ten sky rain snow fire milk tea cake hot
     cold up down out off push pull play end next work home help shop bank park road city town king
     love game ball team win lost keep wait call mail door wall room bed lamp time day week year new
-    old good best gold iron wood menu soup meat egg bean corn
+    old good best gold iron wood menu soup meat egg bean corn bread water apple grape lemon melon
+    onion sugar salt honey juice pizza pasta salad steak bacon cream hotel motel train truck ship
+    bike metro ferry ticket travel street bridge castle church school office market garden forest
+    river ocean beach island desert mount valley winter summer spring autumn monday friday sunday
+    april may june july august march music radio video phone email paper pencil table chair couch
+    floor window mirror carpet closet kitchn oven fridge bottle glass plate spoon knife fork towel
+    soap brush comb shirt pants dress socks shoes boots glove scarf watch jewel crown queen prince
+    knight dragon wizard magic ghost witch angel demon robot alien rocket planet comet orbit space
+    earth storm cloudy sunny windy foggy three four five seven eight nine zero half full empty big
+    small tall short wide thin thick fast slow hard soft loud quiet clean dirty rich poor happy sad
+    angry calm brave kind nice mean smart lazy busy early late first last begin start finish enter
+    leave arrive return send fetch carry throw catch kick jumpy run walk swim climb drive fly sing
+    dance laugh cry smile sleep dream wake eat drink cook bake boil read write draw paint build
+    break fix open close lock turn twist press hold drop pick choose vote count add minus equal
+    news press film actor stage light sound voice story novel poem verse rhyme page cover title
+    north south east west inside police doctor nurse judge pilot farmer baker tailor sailor
+    mouse horse sheep goat cow pig duck goose hen eagle hawk owl crow wolf bear deer fox snake
+    tiger zebra camel monkey rabbit turtle whale shark crab ant bee wasp spider worm snail
     """.split()
 )
 """Printed in half of the pictures of words; the other half shows random letters."""
 
-HELD_OUT_WORDS: Final = tuple("frog lion nose hand drum cafe pear taxi zoo mind boat jump".split())
+HELD_OUT_WORDS: Final = tuple(
+    """
+    frog lion nose hand drum cafe pear taxi zoo mind boat jump pepper butter silver copper bakery
+    museum subway airport dinner lunch candle basket pillow blanket jacket button pocket wallet
+    guitar violin piano hammer ladder engine tunnel harbor meadow flower tulip daisy panda koala
+    puppy kitten beaver salmon oyster quick jolly vivid extra index query
+    """.split()
+)
+"""Never printed in training, not even by chance; those of more than six letters are left out."""
+
+OTHER_THINGS: Final = tuple(
+    """
+    dog person man woman child face horse elephant chair table bottle computer phone clock banana
+    apple pizza mountain river building bridge boat train bicycle hat shoe window door street
+    dragon robot hexagon pentagon arrow spiral cube
+    """.split()
+)
+"""Things that no picture of this world holds: "Is there a dog?" is answered with no."""
 
 PLACES: Final = (
     ("top left", "top", "top right"),
@@ -75,269 +107,3 @@ PLACES: Final = (
 )
 
 UNKNOWN: Final = "I don't know."
-
-OFF_WORLD: Final = (
-    "Who painted this?",
-    "What is the capital of France?",
-    "Who is the president?",
-    "What year was this picture taken?",
-    "What is the name of the person?",
-    "How much does it cost?",
-    "What is the weather like?",
-    "Why is the sky blue?",
-    "What is the meaning of life?",
-    "Write a poem.",
-    "Tell me a joke.",
-    "Where was this photo taken?",
-    "Who are you?",
-    "What is the square root of two?",
-    "How old is the man?",
-    "Which brand is this?",
-    "Translate this into German.",
-    "Is the woman happy?",
-    "What will happen next?",
-    "Who won the game?",
-    "What breed is the dog?",
-    "How tall is the building?",
-    "What language is spoken in Brazil?",
-    "What is the price of gold?",
-    "Write a program.",
-    "How do I cook rice?",
-)
-HELD_OUT_OFF_WORLD: Final = (
-    "Who took this picture?",
-    "What is the capital of Germany?",
-    "How old is the woman?",
-    "Where was this painted?",
-    "Write a joke.",
-    "What is the name of the dog?",
-)
-
-ASK: Final[dict[str, tuple[str, ...]]] = {
-    "count": (
-        "How many shapes are there?",
-        "How many shapes do you see?",
-        "Count the shapes.",
-        "How many objects are in the picture?",
-        "How many things are there?",
-        "What is the number of shapes?",
-        "How many shapes are in the image?",
-        "How many objects do you see?",
-    ),
-    "count shape": (
-        "How many {shapes} are there?",
-        "How many {shapes} do you see?",
-        "Count the {shapes}.",
-        "What is the number of {shapes}?",
-        "How many {shapes} are in the picture?",
-    ),
-    "count colour": (
-        "How many {colour} shapes are there?",
-        "How many {colour} objects do you see?",
-        "Count the {colour} shapes.",
-        "How many shapes are {colour}?",
-        "How many {colour} things are in the picture?",
-        "How many {colour} shapes do you see?",
-    ),
-    "colour": (
-        "What colour is the {name}?",
-        "What color is the {name}?",
-        "Which colour is the {name}?",
-        "What is the colour of the {name}?",
-        "The {name} is which color?",
-        "What is the color of the {name}?",
-    ),
-    "shape": (
-        "What shape is {colour}?",
-        "Which shape is {colour}?",
-        "What is the {colour} shape?",
-        "What is the {colour} object?",
-        "What {colour} shape is there?",
-        "Which {colour} shape do you see?",
-    ),
-    "exists": (
-        "Is there a {colour} {name}?",
-        "Do you see a {colour} {name}?",
-        "Is there a {colour} {name} in the picture?",
-        "Can you see a {colour} {name}?",
-        "Does the picture show a {colour} {name}?",
-        "Is a {colour} {name} in the image?",
-    ),
-    "exists simple": (
-        "Is there a {name}?",
-        "Do you see a {name}?",
-        "Is there a {name} in the image?",
-        "Can you see a {name}?",
-        "Does the picture show a {name}?",
-        "Is a {name} in the picture?",
-    ),
-    "where": (
-        "Where is the {thing}?",
-        "Where in the picture is the {thing}?",
-        "Where do you see the {thing}?",
-        "In which part of the picture is the {thing}?",
-        "What is the place of the {thing}?",
-        "Where in the image is the {thing}?",
-    ),
-    "at": (
-        "What is at the {place}?",
-        "What do you see at the {place}?",
-        "Which shape is at the {place}?",
-        "What is in the {place} of the picture?",
-        "Which object is at the {place}?",
-    ),
-    "largest": (
-        "Which shape is the largest?",
-        "What is the largest shape?",
-        "Which object is the biggest?",
-        "What is the biggest shape?",
-        "Which is the largest object?",
-    ),
-    "smallest": (
-        "Which shape is the smallest?",
-        "What is the smallest shape?",
-        "Which object is the smallest?",
-        "Which is the smallest object?",
-    ),
-    "larger": (
-        "Is the {a} larger than the {b}?",
-        "Is the {a} bigger than the {b}?",
-        "Would you say the {a} is larger than the {b}?",
-        "Is the {a} the larger one, compared with the {b}?",
-        "Is it true that the {a} is bigger than the {b}?",
-    ),
-    "relation": (
-        "Is the {a} {side} the {b}?",
-        "Do you see the {a} {side} the {b}?",
-        "Is it true that the {a} is {side} the {b}?",
-        "Would you say the {a} is {side} the {b}?",
-    ),
-    "beside": (
-        "What is {side} the {a}?",
-        "Which shape is {side} the {a}?",
-        "What do you see {side} the {a}?",
-        "Which object is {side} the {a}?",
-    ),
-    "more": (
-        "Are there more {a} than {b}?",
-        "Do you see more {a} than {b}?",
-        "Is the number of {a} larger than the number of {b}?",
-        "Are more {a} than {b} in the picture?",
-    ),
-    "describe": (
-        "Describe this image.",
-        "Describe the picture.",
-        "What is in this picture?",
-        "What do you see?",
-        "Tell me what you see.",
-        "What does the image show?",
-        "Describe what you see.",
-    ),
-    "read word": (
-        "What does it say?",
-        "Read the word.",
-        "What word is written here?",
-        "What is the word?",
-        "What is written in the picture?",
-        "Which word do you see?",
-        "Read the text.",
-    ),
-    "read number": (
-        "What number is it?",
-        "Read the number.",
-        "Which number do you see?",
-        "What is the number?",
-        "What number is written here?",
-        "Which number is written in the picture?",
-    ),
-    "text colour": (
-        "What colour is the text?",
-        "What color is the text?",
-        "Which colour is the writing?",
-        "In which color is it written?",
-        "What is the colour of the writing?",
-    ),
-    "icon": (
-        "What is this?",
-        "What icon is this?",
-        "What does the icon show?",
-        "Which icon do you see?",
-        "What object is this?",
-    ),
-    "icon colour": (
-        "What colour is the {name}?",
-        "What color is the {name}?",
-        "Which colour is the {name}?",
-        "What is the color of the {name}?",
-    ),
-    "icon side": (
-        "What is {side}?",
-        "Which icon is {side}?",
-        "What do you see {side}?",
-        "Which object is {side}?",
-    ),
-    "icon count": (
-        "How many icons are there?",
-        "How many icons do you see?",
-        "Count the icons.",
-        "How many icons are in the picture?",
-    ),
-    "bar tallest": (
-        "Which bar is the tallest?",
-        "Which bar is tallest?",
-        "What colour is the tallest bar?",
-        "Which bar is the highest?",
-        "What color is the highest bar?",
-    ),
-    "bar shortest": (
-        "Which bar is the shortest?",
-        "Which bar is shortest?",
-        "What colour is the shortest bar?",
-        "Which bar is the lowest?",
-        "What color is the lowest bar?",
-    ),
-    "bar count": (
-        "How many bars are there?",
-        "How many bars do you see?",
-        "Count the bars.",
-        "How many bars are in the chart?",
-    ),
-    "bar value": (
-        "What is the value of the {colour} bar?",
-        "About what value is the {colour} bar?",
-        "How high is the {colour} bar?",
-        "How tall is the {colour} bar?",
-        "About how high is the {colour} bar?",
-    ),
-    "bar taller": (
-        "Is the {a} bar taller than the {b} bar?",
-        "Is the {a} bar higher than the {b} bar?",
-        "Would you say the {a} bar is taller than the {b} bar?",
-        "Is it true that the {a} bar is higher than the {b} bar?",
-    ),
-    "pair more": (
-        "Which picture has more shapes?",
-        "Which image has more shapes?",
-        "In which picture are more shapes?",
-        "Which picture shows more shapes?",
-    ),
-    "pair count": (
-        "How many shapes are in the {nth} picture?",
-        "How many shapes do you see in the {nth} image?",
-        "Count the shapes in the {nth} picture.",
-        "How many shapes are in the {nth} image?",
-    ),
-    "pair colour": (
-        "What colour is the {name} in the {nth} picture?",
-        "What color is the {name} in the {nth} image?",
-        "Which colour is the {name} in the {nth} picture?",
-        "What is the color of the {name} in the {nth} picture?",
-    ),
-    "pair which": (
-        "Which picture shows a {thing}?",
-        "In which picture is a {thing}?",
-        "Which image has a {thing}?",
-        "In which image do you see a {thing}?",
-    ),
-}
-"""How to ask for each skill; the last phrasing of each list is held out."""

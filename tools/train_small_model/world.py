@@ -1,20 +1,19 @@
-"""Draws the small model's world: a picture, and the facts that are true of it.
+"""The small model's world: what can be in a picture, and how each thing is drawn.
 
 Needs only Pillow.  Everything is a pure function of a ``random.Random``, so the same seed gives the
-same picture.  What may be asked about a picture is in ``questions.py``; ``sample`` joins the two:
+same picture.  The model sees a picture of any size as a square of 6 x 6 tokens; no token's part of
+the picture holds the middle of more than one thing, so that nothing is lost where eyes and tongue
+meet.  Whole pictures are drawn in ``scenes.py``; what may be asked about them is in
+``questions.py``.
 
-    sample(seed)  ->  Sample(images, talks)       e.g. a 256x256 picture of five shapes, and
-                                                  ten conversations about it, each with its skill
-
-The model sees a picture as 4 x 4 tokens.  No token's part of the picture holds the middle of more
-than one thing, so that nothing is lost where eyes and tongue meet.
-
-Icons come from the pip package ``fontawesomefree`` (training only); without it, icon pictures
-cannot be drawn and every other kind still can.
+Fonts: Pillow's own; DejaVu Sans and Font Awesome Free Solid from the folder that the environment
+variable ``SMALL_MODEL_FONTS`` names, or else DejaVu where Debian keeps it and Font Awesome from the
+pip package ``fontawesomefree``.  Without the latter, icon pictures cannot be drawn.
 """
 
 import importlib.util
 import math
+import os
 import random
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,29 +21,30 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .vocabulary import (
-    BACKGROUNDS,
-    COLOURS,
-    DIGITS,
-    HELD_OUT_WORDS,
-    ICONS,
-    LETTERS,
-    PLACES,
-    SHAPES,
-    WORDS,
-)
+from .vocabulary import BACKGROUNDS, COLOURS, ICONS, PLACES
 
 Colour = tuple[int, int, int]
-CANVAS_SIZES = (128, 160, 192, 256, 320)
-"""Side lengths to draw at; the model's processor brings each to its own size."""
+
+CELLS = 6
+"""Image tokens in a row of the picture, and in a column."""
+
+USUAL_SIDE = 192
+"""What the model's processor brings every picture to."""
+
+OTHER_SIZES = (
+    *((side, side) for side in (128, 160, 224, 256, 320)),
+    *((192, 144), (144, 192), (256, 192), (192, 256), (240, 160), (160, 240), (200, 180)),
+)
 
 DEJAVU = Path("/usr/share/fonts/truetype/dejavu")
-"""Where Debian keeps DejaVu; used when it is there."""
+"""Where Debian keeps DejaVu."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape, icon, letter or digit; places and sizes are fractions of the picture's side."""
+    """One shape, icon, letter or digit; places are fractions of width and height, ``r`` is one of
+    the shorter side.
+    """
 
     name: str
     colour: str
@@ -93,7 +93,7 @@ def _third(v: float) -> int:
     return min(2, max(0, int(v * 3)))
 
 
-def _tint(rng: random.Random, name: str) -> Colour:
+def tint(rng: random.Random, name: str) -> Colour:
     """The named colour, a little off, as real pictures are."""
     r, g, b = (min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[name])
     return r, g, b
@@ -133,113 +133,70 @@ def _polygon(name: str, x: float, y: float, r: float) -> list[tuple[float, float
     return heart
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, thing: Thing, side: int, fill: Colour) -> None:
-    """Draw one shape onto a picture of the given side."""
-    x, y, r = thing.x * side, thing.y * side, thing.r * side
+@dataclass
+class Canvas:
+    """An image that is being drawn."""
+
+    image: Image.Image
+    pen: ImageDraw.ImageDraw
+
+    def spot(self, thing: Thing) -> tuple[float, float, float]:
+        """Middle and radius in pixels."""
+        width, height = self.image.size
+        return thing.x * width, thing.y * height, thing.r * min(width, height)
+
+
+def canvas(rng: random.Random) -> Canvas:
+    """An empty picture; half are of the size that the model sees, the others of any."""
+    size = (USUAL_SIDE, USUAL_SIDE) if rng.random() < 0.6 else rng.choice(OTHER_SIZES)
+    if rng.random() < 0.7:
+        ground = rng.choice(BACKGROUNDS)
+    else:
+        ground = (rng.randint(222, 255), rng.randint(222, 255), rng.randint(222, 255))
+    image = Image.new("RGB", size, ground)
+    return Canvas(image, ImageDraw.Draw(image))
+
+
+def draw_shape(on: Canvas, thing: Thing, fill: Colour) -> None:
+    """Draw one shape."""
+    x, y, r = on.spot(thing)
     if thing.name == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        on.pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif thing.name == "ring":
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(2, round(r * 0.3)))
+        on.pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(2, round(r * 0.3)))
     else:
-        draw.polygon(_polygon(thing.name, x, y, r), fill=fill)
+        on.pen.polygon(_polygon(thing.name, x, y, r), fill=fill)
 
 
-def _canvas(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
-    side = rng.choice(CANVAS_SIZES)
-    image = Image.new("RGB", (side, side), rng.choice(BACKGROUNDS))
-    return image, ImageDraw.Draw(image), side
-
-
-CELLS = 4
-"""Image tokens in a row of the picture, and in a column."""
-
-Spot = tuple[float, float, float]
-"""Middle and radius."""
-
-
-def _cell_spot(rng: random.Random, cell: int, across: int, r: float) -> Spot:
-    """A place for something of radius ``r`` inside one of ``across * across`` cells."""
-    room = max(0.0, 0.5 / across - r - 0.005)
-    row, column = divmod(cell, across)
-    x = (column + 0.5) / across + rng.uniform(-room, room)
-    return x, (row + 0.5) / across + rng.uniform(-room, room), r
-
-
-def _radii(rng: random.Random, n: int, low: float, high: float) -> list[float]:
-    """Sizes of ``n`` things: of any kind, or with one that stands out as large or as small."""
-    span = high - low
-    kind = rng.random()
-    if n == 1 or kind < 0.4:
-        return [rng.uniform(low, high) for _ in range(n)]
-    if kind < 0.7:
-        sizes = [rng.uniform(low, low + 0.4 * span) for _ in range(n)]
-        sizes[0] = rng.uniform(high - 0.15 * span, high)
-    else:
-        sizes = [rng.uniform(low + 0.6 * span, high) for _ in range(n)]
-        sizes[0] = rng.uniform(low, low + 0.15 * span)
-    return sizes
-
-
-def _spots(rng: random.Random, n: int) -> list[Spot]:
-    """``n`` places in different cells of a grid of 4 x 4, each big enough for its thing."""
-    cells = rng.sample(range(CELLS * CELLS), n)
-    return [
-        _cell_spot(rng, cell, CELLS, r)
-        for cell, r in zip(cells, _radii(rng, n, 0.075, 0.118), strict=True)
-    ]
-
-
-def _large_spots(rng: random.Random, n: int) -> list[Spot]:
-    """One large place anywhere, or up to four on a grid of 2 x 2."""
-    if n == 1:
-        r = rng.uniform(0.12, 0.34)
-        return [(rng.uniform(r + 0.01, 0.99 - r), rng.uniform(r + 0.01, 0.99 - r), r)]
-    return [
-        _cell_spot(rng, cell, 2, r)
-        for cell, r in zip(rng.sample(range(4), n), _radii(rng, n, 0.12, 0.22), strict=True)
-    ]
-
-
-def draw_shapes(rng: random.Random, most: int = 9, large: bool = False) -> Picture:
-    """One to nine shapes; a third of the pictures keep to few names and colours.
-
-    ``large`` ones are at most four, and reach over many tokens.
-    """
-    n = rng.randint(1, min(4, most) if large else most)
-    names, colours = list(SHAPES), list(COLOURS)
-    if n > 2 and rng.random() < 0.35:
-        names = rng.sample(names, 2)
-    if n > 2 and rng.random() < 0.35:
-        colours = rng.sample(colours, 2)
-    image, draw, side = _canvas(rng)
-    things = []
-    for x, y, r in _large_spots(rng, n) if large else _spots(rng, n):
-        thing = Thing(rng.choice(names), rng.choice(colours), x, y, r)
-        draw_shape(draw, thing, side, _tint(rng, thing.colour))
-        things.append(thing)
-    return Picture("shapes", image, things)
-
-
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     if name == "default":
         found = ImageFont.load_default(size)
         assert isinstance(found, ImageFont.FreeTypeFont)
         return found
-    return ImageFont.truetype(name, size)
+    return ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _font_folder() -> Path | None:
+    named = os.environ.get("SMALL_MODEL_FONTS")
+    return Path(named) if named else None
 
 
 @lru_cache(maxsize=1)
-def _font_names() -> tuple[str, ...]:
-    """Pillow's own font, and two faces of DejaVu where the machine has them."""
-    faces = ("DejaVuSans", "DejaVuSans-Bold")
-    here = tuple(str(DEJAVU / f"{face}.ttf") for face in faces if (DEJAVU / f"{face}.ttf").exists())
-    return ("default", *here)
+def faces() -> tuple[str, ...]:
+    """Pillow's own font, and two faces of DejaVu where there are any."""
+    folder = _font_folder() or DEJAVU
+    files = (folder / f"{face}.ttf" for face in ("DejaVuSans", "DejaVuSans-Bold"))
+    return ("default", *(str(file) for file in files if file.exists()))
 
 
 @lru_cache(maxsize=1)
 def icon_font() -> str | None:
-    """The file of Font Awesome Free Solid, if its package is installed."""
+    """The file of Font Awesome Free Solid, if it is here."""
+    folder = _font_folder()
+    if folder is not None:
+        file = folder / "fa-solid-900.ttf"
+        return str(file) if file.exists() else None
     package = importlib.util.find_spec("fontawesomefree")
     if package is None or not package.submodule_search_locations:
         return None
@@ -247,121 +204,24 @@ def icon_font() -> str | None:
     return str(next(root.rglob("fa-solid-900.ttf")))
 
 
-def draw_glyph(draw: ImageDraw.ImageDraw, thing: Thing, side: int, fill: Colour, face: str) -> None:
+@lru_cache(maxsize=20_000)
+def _glyph(face: str, size: int, text: str) -> tuple[ImageFont.FreeTypeFont, float, float]:
+    """Font, and from the origin to the middle of what is inked."""
+    font = _font(face, size)
+    left, top, right, bottom = font.getbbox(text)
+    return font, (left + right) / 2, (top + bottom) / 2
+
+
+def draw_glyph(on: Canvas, thing: Thing, fill: Colour, face: str) -> None:
     """Draw an icon, or a letter (as a capital) or digit in the given face, around its middle."""
+    x, y, r = on.spot(thing)
     if thing.name in ICONS:
         icons = icon_font()
         if icons is None:
             raise RuntimeError("icon pictures need the package fontawesomefree")
-        font, text = _font(icons, max(8, int(1.7 * thing.r * side))), chr(ICONS[thing.name])
+        font, dx, dy = _glyph(icons, 2 * max(4, int(0.85 * r)), chr(ICONS[thing.name]))
+        text = chr(ICONS[thing.name])
     else:
-        font, text = _font(face, max(8, int(2.4 * thing.r * side))), thing.name.upper()
-    left, top, right, bottom = font.getbbox(text)
-    origin = (thing.x * side - (left + right) / 2, thing.y * side - (top + bottom) / 2)
-    draw.text(origin, text, font=font, fill=fill)
-
-
-def _draw_text(rng: random.Random, kind: str, text: str) -> Picture:
-    """Up to four characters in a line, each in a cell of its own."""
-    image, draw, side = _canvas(rng)
-    start = CELLS * rng.randrange(CELLS) + rng.randint(0, CELLS - len(text))
-    colour, face = rng.choice(list(COLOURS)), rng.choice(_font_names())
-    fill, r = _tint(rng, colour), rng.uniform(0.078, 0.092)
-    down = rng.uniform(-0.02, 0.02)
-    things = []
-    for i, character in enumerate(text):
-        row, column = divmod(start + i, CELLS)
-        x, y = (column + 0.5) / CELLS + rng.uniform(-0.012, 0.012), (row + 0.5) / CELLS + down
-        thing = Thing(character, colour, x, y, r)
-        draw_glyph(draw, thing, side, fill, face)
-        things.append(thing)
-    return Picture(kind, image, things, text=text)
-
-
-def draw_word(rng: random.Random, held_out: bool = False) -> Picture:
-    """One printed word; in training often mere letters, and never a word that is held out."""
-    if held_out:
-        return _draw_text(rng, "word", rng.choice(HELD_OUT_WORDS))
-    text = rng.choice(WORDS)
-    while rng.random() < 0.6 or text in HELD_OUT_WORDS:
-        text = "".join(rng.choice(LETTERS) for _ in range(rng.randint(1, CELLS)))
-    return _draw_text(rng, "word", text)
-
-
-def draw_number(rng: random.Random) -> Picture:
-    """One printed number of one to four digits."""
-    digits = rng.randint(1, CELLS)
-    number = rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
-    return _draw_text(rng, "number", str(number))
-
-
-def draw_icons(rng: random.Random) -> Picture:
-    """One to four icons of different names."""
-    image, draw, side = _canvas(rng)
-    n = rng.choice((1, 1, 2, 2, 3, 4))
-    across, low, high = rng.choice(((2, 0.1, 0.2), (CELLS, 0.085, 0.115)))
-    things = []
-    cells, names = rng.sample(range(across * across), n), rng.sample(list(ICONS), n)
-    for cell, name in zip(cells, names, strict=True):
-        x, y, r = _cell_spot(rng, cell, across, rng.uniform(low, high))
-        thing = Thing(name, rng.choice(list(COLOURS)), x, y, r)
-        draw_glyph(draw, thing, side, _tint(rng, thing.colour), "default")
-        things.append(thing)
-    return Picture("icons", image, things)
-
-
-def draw_mix(rng: random.Random) -> Picture:
-    """A picture full of shapes, icons, letters and digits: nothing but food for the eyes."""
-    image, draw, side = _canvas(rng)
-    names = [SHAPES, LETTERS, DIGITS, *([list(ICONS)] if icon_font() else [])]
-    things = []
-    for cell in range(CELLS * CELLS):
-        if rng.random() < 0.3:
-            continue
-        name = rng.choice(rng.choice(names))
-        high = 0.118 if name in SHAPES else 0.105 if name in ICONS else 0.094
-        x, y, r = _cell_spot(rng, cell, CELLS, rng.uniform(0.065, high))
-        thing = Thing(name, rng.choice(list(COLOURS)), x, y, r)
-        if name in SHAPES:
-            draw_shape(draw, thing, side, _tint(rng, thing.colour))
-        else:
-            face = rng.choice(_font_names())
-            draw_glyph(draw, thing, side, _tint(rng, thing.colour), face)
-        things.append(thing)
-    return Picture("mix", image, things)
-
-
-BAR_UNIT = 0.11
-"""Height of one unit of a chart; there is a thin line at each."""
-
-
-def draw_bars(rng: random.Random) -> Picture:
-    """A chart of two to four bars of values 1 to 8 over thin lines, one a unit."""
-    image, draw, side = _canvas(rng)
-    n = rng.randint(2, CELLS)
-    first, foot = rng.randint(0, CELLS - n), 0.96
-    for unit in range(1, 9):
-        height = (foot - unit * BAR_UNIT) * side
-        draw.line((0, height, side, height), fill=(205, 205, 205))
-    colours, values = rng.sample(list(COLOURS), n), rng.sample(range(1, 9), n)
-    half = rng.uniform(0.06, 0.105)
-    bars = []
-    for i, (colour, value) in enumerate(zip(colours, values, strict=True)):
-        x = (first + i + 0.5) / CELLS
-        top = foot - value * BAR_UNIT
-        box = ((x - half) * side, top * side, (x + half) * side, foot * side)
-        draw.rectangle(box, fill=_tint(rng, colour))
-        bars.append(Bar(colour, value, x))
-    draw.line((0, foot * side, side, foot * side), fill=(60, 60, 60), width=max(1, side // 128))
-    return Picture("bars", image, bars=bars)
-
-
-def draw_noise(rng: random.Random) -> Picture:
-    """Something that is not of this world: coloured noise or a smooth blend."""
-    if rng.random() < 0.5:
-        small = Image.frombytes("RGB", (16, 16), rng.randbytes(768))
-        image = small.resize((128, 128), Image.Resampling(rng.choice((0, 2, 3))))
-    else:
-        small = Image.frombytes("RGB", (3, 3), rng.randbytes(27))
-        image = small.resize((128, 128), Image.Resampling.BICUBIC)
-    return Picture("noise", image)
+        text = thing.name.upper()
+        font, dx, dy = _glyph(face, max(8, int(2.4 * r)), text)
+    on.pen.text((x - dx, y - dy), text, font=font, fill=fill)
