@@ -2,8 +2,9 @@
 
 Claims jobs, ends them and deletes their outbox entries, as a worker does, in one thread on an
 SQLite file of its own. What counts is the processor time of that thread: on SQLite a process has
-one writer, so the transactions of all its runs stand in one line. With ``--against``, rounds of
-this tree and of the other one alternate.
+one writer, so the transactions of all its runs stand in one line. "In groups" does it for 16 jobs
+in one transaction (`models.groups`), as a busy worker does. With ``--against``, rounds of this tree
+and of the other one alternate.
 
 It is not a benchmark of a database: nobody else uses it, and nothing waits for a disk.
 """
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,8 +33,9 @@ Costs = dict[str, list[float]]
 """By kind of job: milliseconds a job in each of `STEPS`."""
 
 STEPS = ("claim", "finish", "delete")
-WARM_UP = 20
+WARM_UP = 32
 """Jobs before each measurement: connections and SQLAlchemy's caches."""
+GROUP = 16
 
 
 def main() -> None:
@@ -72,6 +75,16 @@ def measure(jobs: int) -> Costs:
             "second turn of a session": _run(world, turns),
             "item of a batch": _run(world, [job.id for job in items]),
         }
+        if find_spec("models.groups") is not None:
+            grouped = {"alone": [world.submit().id for _ in range(WARM_UP + jobs)]}
+            grouped["second turn of a session"] = [
+                _second_turn(world) for _ in range(WARM_UP + jobs)
+            ]
+            batch_id = world.submit_batch(WARM_UP + jobs)
+            items = database.read(reading.list_jobs, batch_id=batch_id, limit=WARM_UP + jobs)
+            grouped["item of a batch"] = [job.id for job in items]
+            for kind, job_ids in grouped.items():
+                costs[f"{kind}, in groups"] = _run_in_groups(world, job_ids)
         database.close()
     return costs
 
@@ -99,6 +112,26 @@ def _run(world: World, job_ids: Sequence[str]) -> list[float]:
     return [1000 * seconds / (len(job_ids) - WARM_UP) for seconds in total]
 
 
+def _run_in_groups(world: World, job_ids: Sequence[str]) -> list[float]:
+    from models import groups, outbox
+    from tests.models.conftest import answered
+
+    run = world.database.run
+    total = [0.0] * len(STEPS)
+    for start in range(0, len(job_ids), GROUP):
+        if start == WARM_UP:
+            total = [0.0] * len(STEPS)
+        group = job_ids[start : start + GROUP]
+        claim_all = partial(run, groups.claim_all, group, worker="w", lease_seconds=30.0)
+        works = [work for work in _timed(total, 0, claim_all).values() if work is not None]
+        ends = [(work.claim, answered(work, "a cat")) for work in works]
+        ended = _timed(total, 1, partial(run, groups.succeed_all, ends)).values()
+        entries = [event.id for each in ended if each is not None for event in each.events]
+        assert len(entries) == len(group)
+        _timed(total, 2, partial(run, outbox.done, entries))
+    return [1000 * seconds / (len(job_ids) - WARM_UP) for seconds in total]
+
+
 def _timed(total: list[float], step: int, call: Callable[[], R]) -> R:
     start = time.thread_time()
     result = call()
@@ -119,8 +152,10 @@ def _report(rounds: dict[str, list[Costs]]) -> None:
     print("\nms of processor time a job: median of the rounds (lowest - highest)\n")
     print("| kind of job | tree |", " | ".join(STEPS), "|")
     print("| --- | --- |", " | ".join("---" for _ in STEPS), "|")
-    for kind in next(iter(rounds.values()))[0]:
+    for kind in next(reversed(rounds.values()))[0]:
         for name, measured in rounds.items():
+            if kind not in measured[0]:
+                continue  # the other tree has no groups
             steps = zip(*(costs[kind] for costs in measured), strict=True)
             cells = [
                 f"{statistics.median(step):.2f} ({min(step):.2f} - {max(step):.2f})"
