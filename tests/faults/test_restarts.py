@@ -111,6 +111,33 @@ def test_a_killed_workers_job_is_finished_by_another_and_published_once(
     assert len({event.id for event in of_job(collected, job.id)}) == 1
 
 
+def test_a_worker_killed_amid_many_beginnings_and_ends_loses_and_doubles_none(
+    deployment: Deployment, client: Client, own_valkey: Valkey
+) -> None:
+    """They are committed in groups, and published after it: both are likely to be under way."""
+    results = Results(own_valkey.url)
+    first = deployment.start_worker()
+    jobs = [client.jobs.submit(prompt=f"{n}", gen_config=SHORT) for n in range(120)]
+    ids = {job.id for job in jobs}
+    with redis.Redis.from_url(own_valkey.url) as store:
+        until(lambda: len(store.keys("visq:job:*")) > 10, 60, "some ends", every=0.001)
+    first.kill()
+    deployment.start_worker()
+
+    for job in jobs:
+        assert job.wait(120).status is S.SUCCEEDED
+        ends = [event for event in job.history() if event.to_status.is_terminal]
+        assert len(ends) == 1
+    collected: list[Event] = []
+
+    def all_published() -> bool:
+        collected.extend(results.take_all())
+        return {event.job.id for event in collected} == ids
+
+    until(all_published, 60, "all result events")
+    assert len({event.id for event in collected}) == len(jobs)
+
+
 @pytest.mark.parametrize("keep_data", [True, False], ids=["with its data", "without its data"])
 def test_redis_killed_and_restarted_while_jobs_run_loses_and_doubles_nothing(
     deployment: Deployment, client: Client, own_valkey: Valkey, keep_data: bool
