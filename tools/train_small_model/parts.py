@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
     join(args.parts, args.to)
+    (args.to / "heads.pt").unlink(missing_ok=True)  # of use to training alone
 
 
 if __name__ == "__main__":

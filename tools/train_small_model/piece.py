@@ -63,6 +63,7 @@ def main() -> None:
 
     def on_save(trainer: train.Trainer) -> None:
         export.write_folder(trainer.weights(), start, exported)
+        torch.save(trainer.heads.state_dict(), exported / train.HEADS_FILE)
         parts.cut(exported, args.out / "weights")
 
     trainer = train.Trainer(args, start, BEGAN, tell)

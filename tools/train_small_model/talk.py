@@ -41,7 +41,7 @@ class Sample:
         return [picture.image for picture in self.pictures]
 
 
-OPENINGS = ("Please tell me: ", "Question: ", "Hi! ", "Look at the picture. ", "Please: ", "Now: ")
+OPENINGS = ("Please tell me: ", "Question: ", "Hi! ", "Look at the picture. ", "Please: ")
 
 
 @dataclass

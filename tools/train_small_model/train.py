@@ -13,6 +13,7 @@ On a GPU nothing waits for the device in a step: figures are added up there and 
 """
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,14 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 from transformers import InternVLForConditionalGeneration
 
-from .build import build_config, build_model, build_tokenizer, generation_config, save_processor
+from .build import (
+    IMAGE_SIZE,
+    build_config,
+    build_model,
+    build_tokenizer,
+    generation_config,
+    save_processor,
+)
 from .dense import HEADS, DenseHeads
 from .forward import outcome_of
 from .optimiser import Masters
@@ -31,6 +39,12 @@ from .steering import Course
 
 DTYPE = torch.bfloat16
 WARMUP_STEPS = 80
+PREFETCH = 2
+"""Batches that each drawing process keeps ready."""
+
+HEADS_FILE = "heads.pt"
+"""Of ``dense.py``, beside exported weights that training shall go on from."""
+
 Tell = Callable[[str], None]
 Weights = dict[str, torch.Tensor]
 
@@ -95,6 +109,10 @@ class Trainer:
         tokenizer_file = str(start / "tokenizer.json")
         tokenizer = Tokenizer.from_file(tokenizer_file)
         self.heads = DenseHeads(tokenizer, model.config.text_config.hidden_size).to(self.device)
+        if (start / HEADS_FILE).exists():
+            self.heads.load_state_dict(
+                torch.load(start / HEADS_FILE, map_location="cpu", weights_only=True)
+            )
         self.heads_adam = torch.optim.AdamW(self.heads.parameters(), lr=0.003, weight_decay=0.0)
         self.last = args.work / "last.pt"
         self.steps = self.pictures = self.asking_since = 0
@@ -103,7 +121,8 @@ class Trainer:
         if not args.no_compile:
             vision, text = model.model.vision_tower, model.model.language_model
             for layer in (*vision.encoder.layer, *text.layers):
-                layer.compile()
+                # Both kinds of layer share a frame: without this it would be made for any shape.
+                layer.compile(dynamic=False)
         shape = Shape(rows=args.rows or -(-args.images // 4), images=args.images)
         self.packer = Packer(tokenizer_file, shape)
         fresh = not args.init_from and not self.asking_since
@@ -154,11 +173,12 @@ class Trainer:
         batches = Batches(self.packer, args.seed, self.steps, self.course.file)
         self.course.write(eyes=self.course.fresh and args.eyes_minutes > 0, asking_minutes=0.0)
         cuda = self.device.type == "cuda"
+        workers = self._workers()
         loader = DataLoader(
             batches,
             batch_size=None,
-            num_workers=args.workers,
-            prefetch_factor=2 if args.workers else None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
             pin_memory=cuda,
         )
         end = self.began + 60 * args.minutes
@@ -192,6 +212,15 @@ class Trainer:
         self._report(skills, eyes)
         self.save()
         on_save(self)
+
+    def _workers(self) -> int:
+        """As many drawing processes as asked for, or as shared memory holds the batches of."""
+        batch = self.packer.shape.images * 3 * IMAGE_SIZE**2
+        shared = Path("/dev/shm")
+        free = shutil.disk_usage(shared).free if shared.is_dir() else 0
+        fit = int(0.8 * free / ((PREFETCH + 2) * batch))
+        self.tell(f"shared memory {free / 2**30:.1f} GiB, room for {fit} drawing processes")
+        return min(self.args.workers, max(1, fit)) if shared.is_dir() else self.args.workers
 
     def _report(self, skills: torch.Tensor, eyes: torch.Tensor) -> None:
         """Say how it stands; this waits for the device."""
