@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
@@ -54,9 +54,9 @@ class Round:
 class Server:
     """A stack with one engine."""
 
-    def __init__(self, engine: str, stack: Stack, client: Client, *, new_tokens: int = 64) -> None:
+    def __init__(self, engine: str, stack: Stack, client: Client, **gen_config: Any) -> None:
         self.engine = engine
-        self._new_tokens = new_tokens
+        self._gen_config = {"max_new_tokens": 64, **gen_config}
         self._stack = stack
         self._client = client
 
@@ -75,7 +75,7 @@ class Server:
                 {"custom_id": item.name, "prompt": item.question, "images": [item.uri]}
                 for item in items
             ],
-            gen_config={"max_new_tokens": self._new_tokens},
+            gen_config=self._gen_config,
         )
         while batch.counts.finished < len(items):
             time.sleep(LOOK_SECONDS)

@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="visq-bench-") as folder:
         settings = Settings.model_validate({"data": Path(folder), "port": 0, "engine": "native"})
         with stack.Stack(settings) as running, Client(running.url, running.api_key) as client:
-            server = Server("played", running, client, new_tokens=args.tokens)
+            server = Server("played", running, client, max_new_tokens=args.tokens)
             server.run(items(args.jobs // 4))
             if args.profile:
                 worker = str(server.parts()["worker"].pid)

@@ -168,6 +168,7 @@ class Executor:
                 do_preprocess=work.prompt.do_preprocess,
                 adapter_name=work.prompt.adapter_name,
                 cache_salt=work.tenant,
+                goes_on=work.claim.session_id is not None,
                 answer_ids=_answer_ids(work, self._engine.info.tokenizer),
                 lane=work.lane,
                 deadline_seconds=left,

@@ -37,6 +37,7 @@ PART_OF = {
     "huggingface_hub": "transformers",
     "starlette": "fastapi",
     "tokenizers": "transformers",
+    "triton": "torch",
 }
 """Libraries that come with another one and are the public face of a part of it."""
 

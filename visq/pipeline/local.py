@@ -201,6 +201,7 @@ class Pipeline(BasePipeline):
             gen_config=config.as_json_form(),
             do_preprocess=asked.do_preprocess,
             adapter_name=asked.adapter_name,
+            goes_on=session is not None,
             answer_ids=answers,
             logits_processors=tuple(config.logits_processors or ()),
         )

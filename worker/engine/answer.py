@@ -32,6 +32,7 @@ class Answer:
         :param stop_words: strings that end it.
         :param index: which of the request's choices it is.
         """
+        self._may_hold = not (stop_words or config.bad_words)
         self.token_ids: list[int] = []
         self._logprobs: list[Logprobs] | None = None if config.logprobs is None else []
         self._index = index
@@ -48,8 +49,14 @@ class Answer:
         self._cut = False  # a stop word has ended the text: what follows is not shown
         self._published = 0
 
-    def append(self, token_id: int, logprobs: Logprobs | None = None) -> TokenEvent | None:
-        """Add a token; return the event to publish, if it has made new text certain."""
+    def append(
+        self, token_id: int, logprobs: Logprobs | None = None, *, hold: int = 1
+    ) -> TokenEvent | None:
+        """Add a token; return the event to publish, if it has made new text certain.
+
+        :param hold: after the first one, make text of so many tokens at a time only. Ignored where
+            the text decides how the answer goes on.
+        """
         if token_id in self._stop_ids:
             self.stopped = True
             if not self._include_stop:
@@ -57,6 +64,9 @@ class Answer:
         self.token_ids.append(token_id)
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs)
+        if self._may_hold and self._published and len(self.token_ids) - self._published < hold:
+            self._detokenizer.add(token_id)
+            return None
         return self._event(self._show(self._detokenizer.append(token_id)))
 
     def finish(self) -> tuple[TokenEvent | None, Choice]:

@@ -60,6 +60,11 @@ class BlockPool:
             return None
         return [self._take() for _ in range(count)]
 
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Hold blocks that are held already once more."""
+        for block in blocks:
+            self._holders[block] += 1
+
     def register(self, block: int, hash_: bytes) -> None:
         """The content of a held block is complete: others may use it.
 

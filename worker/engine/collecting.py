@@ -36,10 +36,13 @@ class Collector:
         token: int,
         logprobs: Logprobs | None,
         logits: NDArray[np.float32] | None,
+        *,
+        hold: int = 1,
     ) -> None:
         """Add a sampled token to an answer; its sequence has `ended` if it was the last one.
 
         :param logits: ``(vocabulary,)``, raw, if they are kept.
+        :param hold: see `Answer.append`.
         """
         self._counters.generated_tokens += 1
         if running.first_token_at is None:
@@ -49,7 +52,7 @@ class Collector:
                 # The prompt is in the cache: there the other choices find it.
                 self._add(other.sequence)
         generation.sequence.wants_prompt_logits = False  # they are all there
-        event = generation.take(token, logprobs, logits)
+        event = generation.take(token, logprobs, logits, hold=hold)
         if event is not None:
             running.task.handle.publish(event)
         if generation.stopped:

@@ -42,12 +42,26 @@ class EngineConfig:
     """Part of the GPU's memory that the engine may use: weights, KV cache and work space."""
     vision_cache_bytes: int = 0
     """Memory of the vision cache; 0: 128 MiB on the CPU, 2 GiB on CUDA."""
+    host_cache_bytes: int | None = None
+    """Host memory for the KV cache of sessions whose next turn may come (`EngineRequest.goes_on`);
+    ``None``: 4 GiB on CUDA, none on the CPU, where the KV cache itself is host memory."""
     prepared_bytes: int = 1024 * 1024 * 1024
     """Pixels of prepared pictures that may wait for their encoding."""
+    preparers: int | None = None
+    """Processes that prepare pictures; 0: a thread of the engine does. ``None``: none on the CPU,
+    on CUDA one for every three cores, up to 6."""
     prefix_caching: bool = True
     overlap: bool | None = None
     """Launch a step before the tokens of the one before it are known; ``None``: on CUDA only,
     since on the CPU nothing runs beside it."""
+    split_decodes: bool | None = None
+    """Compute the sequences that decode apart from the prompts of the same step; ``None``: on CUDA
+    only, where that part is a CUDA graph."""
+    cuda_graphs: bool = True
+    """On CUDA."""
+    compile: bool | None = None
+    """Compile the model's layers; ``None``: on CUDA only. Not where there are `adapters`, which
+    change the layers."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters that requests may name: name -> folder, as PEFT saves it. Each is read at its
     first use, and again once its files have changed."""
@@ -74,6 +88,8 @@ class EngineConfig:
             kv_cache_bytes=settings.kv_cache_bytes,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             vision_cache_bytes=settings.vision_cache_bytes,
+            host_cache_bytes=settings.host_cache_bytes,
+            preparers=settings.preparers,
             prefix_caching=settings.prefix_caching,
             adapters=settings.adapter_folders,
             preload_adapters=True,  # a wrong folder is better known now than by the first job

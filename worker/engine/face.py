@@ -61,6 +61,9 @@ class EngineRequest:
     """The whole prompt as tokens, in place of `messages` (empty then) and without images."""
     cache_salt: str = ""
     """Only requests with the same salt share cached blocks and pictures: the tenant's name."""
+    goes_on: bool = False
+    """Whether a next turn may come: what is cached of this one is then also kept in the host's
+    memory, where it stays longer than on a busy device."""
     answer_ids: Mapping[int, list[int]] = field(default_factory=dict)
     """For assistant messages (by their index in `messages`): the exact tokens that this model
     generated then, used in place of the tokens of the text. Only from a trusted store."""

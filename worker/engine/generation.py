@@ -35,6 +35,11 @@ class Generation:
     """Of each generated token, if they are kept."""
     choice: Choice | None = None
     """The complete answer, once it has ended."""
+    plain: bool = field(init=False)
+    """Whether each token is the one with the largest logit, and nothing else is asked for."""
+
+    def __post_init__(self) -> None:
+        self.plain = self.params.plain and not (self.needs_feedback or self.keep_logits)
 
     @property
     def generated_ids(self) -> list[int]:
@@ -59,13 +64,21 @@ class Generation:
         )
 
     def take(
-        self, token: int, logprobs: Logprobs | None, logits: NDArray[np.float32] | None
+        self,
+        token: int,
+        logprobs: Logprobs | None,
+        logits: NDArray[np.float32] | None,
+        *,
+        hold: int = 1,
     ) -> TokenEvent | None:
-        """Add the sampled token; afterwards `stopped` says whether it was the last one."""
+        """Add the sampled token; afterwards `stopped` says whether it was the last one.
+
+        :param hold: see `Answer.append`.
+        """
         sequence = self.sequence
         sequence.pending -= 1
         sequence.token_ids.append(token)
-        event = self.answer.append(token, logprobs)
+        event = self.answer.append(token, logprobs, hold=hold)
         if logits is not None and len(self.logits) < len(self.answer.token_ids):
             self.logits.append(logits)
         if self.grammar is not None:

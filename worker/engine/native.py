@@ -27,9 +27,10 @@ import torch
 
 from visq.errors import EngineCrashed, EngineError, VisqError
 from worker.engine.adapters import Adapters
-from worker.engine.attention import NAME
+from worker.engine.attention import NAME, choose
 from worker.engine.blocks import BlockPool
 from worker.engine.collecting import Collector, keep_prompt_logits
+from worker.engine.compiled import compile_model
 from worker.engine.config import EngineConfig
 from worker.engine.face import (
     EngineInfo,
@@ -43,9 +44,11 @@ from worker.engine.face import (
 )
 from worker.engine.families.base import Family, PreparedImage
 from worker.engine.generation import Generation
+from worker.engine.host_tier import HostTier
 from worker.engine.intake import Intake, Running
 from worker.engine.lanes import Task
 from worker.engine.loading import LoadedModel
+from worker.engine.preparing import Preparers
 from worker.engine.runner import Launched, Runner
 from worker.engine.sampler import Sampler, SampleRow
 from worker.engine.scheduler import Scheduler, Step
@@ -53,11 +56,17 @@ from worker.engine.sequence import ImageSpan, Sequence
 from worker.engine.sizes import Sizes
 from worker.engine.stats import Counters, EngineStats
 from worker.engine.vision import VisionCache
+from worker.engine.warming import warm_up
 
 logger = logging.getLogger(__name__)
 
 IDLE_LOOK: Final = 0.1
 """Seconds between two looks at deadlines while nothing is computed."""
+
+HELD_PER: Final = 32
+MOST_HELD: Final = 8
+"""For each `HELD_PER` sequences that run together, one more token is held back before text is made
+of it, up to `MOST_HELD` (some 50 ms of a busy GPU): the more run, the less time each one has."""
 
 BUSY_LOOK: Final = 0.02
 """Seconds at least between two looks at deadlines: thousands of requests may wait."""
@@ -69,13 +78,23 @@ class NativeEngine:
     def __init__(self, loaded: LoadedModel, family: Family, config: EngineConfig) -> None:
         self._loaded = loaded
         self._family = family
+        cuda = loaded.device.type == "cuda"
+        if (cuda if config.compile is None else config.compile) and not config.adapters:
+            compile_model(loaded, family)
         sizes = Sizes(loaded, config)
         self._sizes = sizes
         self._pool = BlockPool(sizes.blocks)
         self._cache = sizes.cache()
         self._vision = VisionCache(sizes.vision_cache_bytes)
+        self._tier: HostTier | None = None
+        if sizes.host_cache_bytes and config.prefix_caching:
+            self._tier = HostTier(self._cache, self._pool, sizes.host_cache_bytes)
         self._scheduler = Scheduler(
-            sizes.limits, self._pool, self._vision, prefix_caching=config.prefix_caching
+            sizes.limits,
+            self._pool,
+            self._vision,
+            prefix_caching=config.prefix_caching,
+            tier=self._tier,
         )
         slots = sizes.limits.max_sequences
         self._sampler = Sampler(loaded.vocab_size, slots, loaded.device)
@@ -83,18 +102,23 @@ class NativeEngine:
         self._adapters = Adapters(loaded, family, config.adapters, nbytes=sizes.adapter_bytes)
         if config.preload_adapters:
             self._adapters.preload()
+        preparers = Preparers.beside(config, loaded, family)  # they load meanwhile
         self._runner = Runner(
             family,
             self._cache,
+            choose(self._cache, sizes.shape.heads),
             self._sampler,
             self._vision,
             routing=self._adapters.routing,
             slots=slots,
+            axes=family.positions([0], [])[0].shape[0],
             device=loaded.device,
+            split=cuda if config.split_decodes is None else config.split_decodes,
+            graphs=cuda and config.cuda_graphs,
         )
-        self._overlap = config.overlap
-        if self._overlap is None:
-            self._overlap = loaded.device.type == "cuda"
+        self._overlap = cuda if config.overlap is None else config.overlap
+        if cuda:
+            warm_up(self._runner, family, sizes.limits)
         self._counters = Counters()
         self._collector = Collector(self._counters, self._scheduler.add)
         self._running: dict[Task, Running] = {}
@@ -114,6 +138,7 @@ class NativeEngine:
             max_context=sizes.max_context,
             prepared_bytes=config.prepared_bytes,
             is_cached=self._vision.__contains__,
+            preparers=preparers,
         )
         self._thread = threading.Thread(target=self._run, name="visq-engine", daemon=True)
         self._thread.start()
@@ -186,6 +211,8 @@ class NativeEngine:
                 self.progress += 1
                 self._take_in(wait=before is None and not self._scheduler.busy)
                 self._end_expired()
+                if self._tier is not None:
+                    self._tier.look()
                 step = self._scheduler.plan()
                 self._prepare_again(step)
                 self._begin(step)
@@ -298,7 +325,9 @@ class NativeEngine:
             if step.encode:
                 self._counters.encoded_images += len(step.encode)
                 self._counters.vision_seconds += time.monotonic() - start
-            keep = any(self._owners[c.sequence][1].keep_logits for c in step.chunks if c.samples)
+            keep = rows is not None and any(
+                self._owners[c.sequence][1].keep_logits for c in step.chunks if c.samples
+            )
             launched = self._runner.launch(step, rows, keep_logits=keep)
         except torch.AcceleratorError:
             # CUDA is unusable from here on: only a new process helps.
@@ -326,8 +355,11 @@ class NativeEngine:
         for chunk in step.chunks:
             self._end_request(self._owners[chunk.sequence][0], Failed(error))
 
-    def _rows(self, step: Step) -> list[SampleRow]:
-        """How the step's tokens are sampled; a request that cannot say so leaves the step."""
+    def _rows(self, step: Step) -> list[SampleRow] | None:
+        """How the step's tokens are sampled (``None``: all of them are plain); a request that
+        cannot say so leaves the step."""
+        if all(self._owners[chunk.sequence][1].plain for chunk in step.chunks):
+            return None
         rows: dict[Sequence, SampleRow] = {}
         for chunk in step.chunks:
             if chunk.sequence.ended:
@@ -341,14 +373,14 @@ class NativeEngine:
 
     def _finish(self, launched: Launched) -> None:
         """Wait for a launched step and hand out its tokens."""
-        tokens: list[int] = []
+        tokens: list[int] = launched.tokens.wait().tolist() if launched.tokens else []
         logprobs: dict[int, Logprobs] = {}
         failed: Mapping[int, Exception] = {}
         if (sampled := launched.sampled) is not None:
-            tokens = sampled.token_ids.tolist()
             failed = sampled.failed
-            if sampled.logprobs is not None:
-                logprobs = sampled.unpack_logprobs(sampled.logprobs.cpu())
+            if launched.logprobs is not None:
+                logprobs = sampled.unpack_logprobs(launched.logprobs.wait())
+        of_logits = launched.logits.wait() if launched.logits else None
         self._counters.steps += 1
         self._counters.step_tokens += launched.step.tokens
         for sequence, start, of_prompt in launched.prompt_logits:
@@ -357,22 +389,30 @@ class NativeEngine:
             running, _ = self._owners[sequence]
             with self._failing(running):
                 keep_prompt_logits(running, sequence, start, of_prompt)
+        hold = min(1 + len(launched.sampling) // HELD_PER, MOST_HELD)
         for row, sequence in enumerate(launched.sampling):
             if sequence.ended:
                 continue  # it has stopped: this token is one too many
             running, generation = self._owners[sequence]
             logits = None
-            if generation.keep_logits and launched.logits is not None:
-                # (On the CPU, a mere view would keep the rows of the whole batch.)
-                logits = launched.logits[row].cpu().numpy().copy()
-            with self._failing(running):
+            if generation.keep_logits and of_logits is not None:
+                # (A mere view would keep the rows of the whole batch.)
+                logits = of_logits[row].numpy().copy()
+            try:
                 if row in failed:
                     raise failed[row]
-                self._collector.take(running, generation, tokens[row], logprobs.get(row), logits)
+                self._collector.take(
+                    running, generation, tokens[row], logprobs.get(row), logits, hold=hold
+                )
+            except Exception as error:  # noqa: BLE001  (it is this request's own)
+                self._blame(running, error)
         self._scheduler.finished(launched.step)
         for sequence in launched.sampling:
             if sequence.ended and sequence in self._owners:
                 running, _ = self._owners[sequence]
+                if self._tier is not None and running.task.request.goes_on:
+                    hashes = sequence.hashes[: sequence.registered]
+                    self._tier.keep(hashes, sequence.blocks[: len(hashes)])
                 if self._scheduler.knows(sequence):
                     self._scheduler.remove(sequence)
                 if all(generation.choice is not None for generation in running.generations):
@@ -383,11 +423,15 @@ class NativeEngine:
         """What is raised inside ends this request, and no other."""
         try:
             yield
-        except VisqError as error:
-            self._end_request(running, Failed(error))
-        except Exception:
-            logger.exception("request %s failed", running.task.request.id)
-            self._end_request(running, Failed(_failure()))
+        except Exception as error:  # noqa: BLE001  (it is this request's own)
+            self._blame(running, error)
+
+    def _blame(self, running: Running, error: Exception) -> None:
+        """End a request in whose own part `error` was raised."""
+        if not isinstance(error, VisqError):
+            logger.error("request %s failed", running.task.request.id, exc_info=error)
+            error = _failure()
+        self._end_request(running, Failed(error))
 
     def _end_request(self, running: Running, outcome: Outcome) -> None:
         """Publish the outcome and give everything back."""

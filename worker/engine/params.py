@@ -43,6 +43,16 @@ class SamplingParams:
     logprobs: int | None
     """Number of alternatives to report; ``None``: no report; 0: of the generated token only."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether each token is the one of the largest logit, but for `banned_ids`."""
+        return (
+            self.greedy
+            and self.repetition_penalty == 1.0
+            and self.logprobs is None
+            and not (self.stop_ids and self.min_new_tokens)
+        )
+
 
 def check(config: GenerationConfig, vocab_size: int, end_ids: Collection[int]) -> None:
     """Refuse what the sampler cannot honour. (``response_format``: `GrammarCompiler.compile`.)

@@ -11,7 +11,8 @@ from typing import Final
 
 import torch
 
-from worker.engine.attention import NAME, KVCache, Prefill, StepContext
+from worker.engine.attention import NAME, Decodes, KVCache, Prefills, StepContext, attending
+from worker.engine.attention.sdpa import KERNELS
 from worker.engine.families.base import Family
 from worker.engine.loading import LoadedModel
 from worker.engine.sizes import Shape
@@ -53,27 +54,32 @@ def _run(family: Family, context: StepContext, device: torch.device) -> None:
     token_ids = list(range(TOKENS))
     positions, _ = family.positions(token_ids, [])
     embeddings = family.embed_tokens(torch.tensor(token_ids, device=device))
-    family.decoder(
-        inputs_embeds=embeddings.unsqueeze(0),
-        use_cache=False,
-        attention_mask=None,
-        visq=context,
-        **family.decoder_kwargs(positions.to(device), []),
-    )
+    with attending(context):
+        family.decoder(
+            inputs_embeds=embeddings.unsqueeze(0),
+            use_cache=False,
+            attention_mask=None,
+            visq=context,
+            **family.decoder_kwargs(positions.to(device), []),
+        )
 
 
 def _context(cache: KVCache) -> StepContext:
     """One sequence decodes its first token into block 0, the prompt of another goes to block 1."""
     device = cache.pool.device
-    tables = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    mask = torch.zeros(1, 1, 1, cache.block_size, dtype=torch.bool, device=device)
-    mask[..., 0] = True
+    of_block_1 = cache.rows_per_block
     return StepContext(
-        cache=cache,
-        blocks=torch.tensor([0, 1, 1], device=device),
-        offsets=torch.tensor([0, 0, 1], device=device),
-        decodes=1,
-        tables=tables,
-        mask=mask,
-        prefills=[Prefill(1, TOKENS, 2, tables[0] + 1)],
+        cache,
+        KERNELS,
+        torch.tensor([0, of_block_1, of_block_1 + 1], device=device),
+        Decodes(
+            torch.zeros(1, 1, dtype=torch.int32, device=device),
+            torch.ones(1, dtype=torch.int32, device=device),
+        ),
+        Prefills(
+            [(1, TOKENS, 2)],
+            None,
+            torch.tensor([0, 2], dtype=torch.int32, device=device),
+            torch.tensor([0, 2], dtype=torch.int32, device=device),
+        ),
     )

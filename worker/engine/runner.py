@@ -1,7 +1,13 @@
-"""The forward pass of one step: from a plan to sampled tokens, without waiting for the device."""
+"""The forward pass of one step: from a plan to sampled tokens, without waiting for the device.
+
+Sequences that decode go through `worker.engine.decoder` (a CUDA graph, on CUDA), chunks of prompts
+through `Runner._forward`; where there are no graphs, both together through the latter. The rows of
+all who get a token then meet in one ``lm_head`` and in the sampler.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
@@ -9,12 +15,42 @@ import numpy as np
 import torch
 
 from worker.engine.adapters import Adapter, Routing
-from worker.engine.attention import KVCache, Prefill, StepContext
+from worker.engine.attention import (
+    Decodes,
+    Kernels,
+    KVCache,
+    Prefills,
+    StepContext,
+    attending,
+)
+from worker.engine.blocks import PADDING
+from worker.engine.decoder import Decoder
 from worker.engine.families.base import Family, ImageFeatures
 from worker.engine.sampler import Sampled, Sampler, SampleRow
 from worker.engine.scheduler import Chunk, Step
 from worker.engine.sequence import Sequence
 from worker.engine.vision import VisionCache
+
+
+class OnHost:
+    """A tensor on its way from the device to the host. On the CPU, the tensor itself.
+
+    The copy is queued behind the work that makes the tensor and before that of the next step, so
+    that who waits for it does not wait for the next step as well.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._copied = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def wait(self) -> torch.Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor
 
 
 @dataclass(slots=True)
@@ -23,9 +59,14 @@ class Launched:
 
     step: Step
     sampling: list[Sequence]
-    """The sequences that get a token, in the order of the rows of `sampled`."""
-    sampled: Sampled | None
-    logits: torch.Tensor | None
+    """The sequences that get a token, in the order of the rows of what follows."""
+    tokens: OnHost | None = None
+    """``(len(sampling),)`` int64, if there are any."""
+    sampled: Sampled | None = None
+    """How they were sampled, if not all of them were plain."""
+    logprobs: OnHost | None = None
+    """`Sampled.logprobs`."""
+    logits: OnHost | None = None
     """``(len(sampling), vocabulary)`` float32, raw; kept if somebody asked for logits."""
     prompt_logits: list[tuple[Sequence, int, torch.Tensor]] = field(default_factory=list)
     """Sequence, index of the first token, ``(tokens, vocabulary)`` float32: the logits after each
@@ -37,20 +78,52 @@ class Runner:
         self,
         family: Family,
         cache: KVCache,
+        kernels: Kernels,
         sampler: Sampler,
         vision: VisionCache,
         *,
         routing: Routing,
         slots: int,
+        axes: int,
         device: torch.device,
+        split: bool,
+        graphs: bool,
     ) -> None:
+        """
+        :param axes: of positions (`Family.positions`).
+        :param split: whether the sequences that decode are computed apart from the prompts.
+        :param graphs: whether they are then computed by CUDA graphs.
+        """
         self._family = family
         self._cache = cache
+        self._kernels = kernels
         self._sampler = sampler
         self._vision = vision
         self._routing = routing
         self._device = device
-        self._last_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._axes = axes
+        # (The last one is for padding.)
+        self._last_tokens = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self.decoder: Decoder | None = None
+        if split:
+            self.decoder = Decoder(
+                family, cache, kernels, self._last_tokens, axes=axes, graphs=graphs
+            )
+
+    @torch.inference_mode()
+    def warm_up(self, prompt_tokens: int) -> None:
+        """Compute a prompt of so many tokens, of which nothing is kept: code is compiled, and
+        memory is claimed that the allocator then has."""
+        slot = len(self._last_tokens) - 1
+        positions = torch.arange(prompt_tokens).expand(self._axes, -1)
+        sequence = Sequence(
+            (0, 0, 0), [0] * prompt_tokens, prompt_tokens, prompt_tokens, positions, 0, [], b"",
+            slot=slot, blocks=[PADDING] * -(-prompt_tokens // self._cache.block_size),
+        )  # fmt: skip
+        chunk = Chunk(sequence, 0, prompt_tokens, samples=True)
+        step = Step(prefills=[chunk])
+        hidden = self._forward([], [chunk], Launched(step, [sequence]))
+        self._logits(hidden, []).argmax(-1)
 
     @torch.inference_mode()
     def encode(self, step: Step) -> None:
@@ -74,13 +147,33 @@ class Runner:
 
     @torch.inference_mode()
     def launch(
-        self, step: Step, rows: ListLike[SampleRow], *, keep_logits: bool = False
+        self, step: Step, rows: ListLike[SampleRow] | None, *, keep_logits: bool = False
     ) -> Launched:
         """Compute `step`, whose pictures are encoded.
 
-        :param rows: how to sample, for each chunk that samples, in the order of `Step.chunks`.
+        :param rows: how to sample, for each chunk that samples, in the order of `Step.chunks`;
+            ``None``: all of them are plain (`SamplingParams.plain`).
         """
-        chunks = step.chunks
+        self._clear_begun(step)
+        decodes, prefills = step.decodes, step.prefills
+        alone = decodes and self.decoder is not None and not any(map(_has_adapter, decodes))
+        hidden: list[torch.Tensor] = []
+        if alone:
+            assert self.decoder is not None
+            hidden.append(self.decoder.run(decodes))
+            decodes = []
+        launched = Launched(step, [chunk.sequence for chunk in step.chunks if chunk.samples])
+        if decodes or prefills:
+            hidden.append(self._forward(decodes, prefills, launched))
+        if launched.sampling:
+            self._sample(launched, hidden, rows, keep_logits=keep_logits)
+        return launched
+
+    def _forward(
+        self, decodes: list[Chunk], prefills: list[Chunk], launched: Launched
+    ) -> torch.Tensor:
+        """Compute chunks side by side; returns the hidden states of those that sample."""
+        chunks = [*decodes, *prefills]
         ids, pending = _token_ids(chunks)
         token_ids = self._to_device(ids)
         if pending:
@@ -91,47 +184,60 @@ class Runner:
         visual = _visual(chunks)
         for tokens, features, feature_rows in visual:
             embeddings[tokens] = features.embeddings[feature_rows]
-        positions = self._to_device(_positions(step))
-        self._clear_begun(step)
-        context = self._context(step)
+        positions = self._to_device(_positions(decodes, prefills))
+        context = self._context(decodes, prefills)
         rows_of = [(chunk.sequence.adapter, chunk.end - chunk.start) for chunk in chunks]
-        with self._routing.of(rows_of):
-            hidden = self._family.decoder(
+        with self._routing.of(rows_of), attending(context):
+            hidden: torch.Tensor = self._family.decoder(
                 inputs_embeds=embeddings.unsqueeze(0),
                 use_cache=False,
                 attention_mask=None,
                 visq=context,
                 **self._family.decoder_kwargs(positions, visual),
             ).last_hidden_state[0]
-        sampling, last_rows, prompt_logits = [], [], []
+        last_rows = []
         row = 0
         for chunk in chunks:
             sequence, length = chunk.sequence, chunk.end - chunk.start
             if sequence.wants_prompt_logits and chunk.start < sequence.prompt_tokens:
                 of_prompt = hidden[row : row + min(chunk.end, sequence.prompt_tokens) - chunk.start]
-                rows_of = [(sequence.adapter, len(of_prompt))]
-                prompt_logits.append((sequence, chunk.start, self._logits(of_prompt, rows_of)))
+                logits = self._logits(of_prompt, [(sequence.adapter, len(of_prompt))]).float()
+                launched.prompt_logits.append((sequence, chunk.start, logits))
             row += length
             if chunk.samples:
-                sampling.append(sequence)
                 last_rows.append(row - 1)
-        logits, sampled = None, None
-        if sampling:
-            rows_of = [(sequence.adapter, 1) for sequence in sampling]
-            logits = self._logits(hidden[self._to_device(np.array(last_rows))], rows_of)
-            raw = logits.clone() if keep_logits else None
-            sampled = self._sampler.sample(logits, rows)
-            slots = self._to_device(np.array([sequence.slot for sequence in sampling]))
-            self._last_tokens[slots] = sampled.token_ids
-            logits = raw
-        return Launched(step, sampling, sampled, logits, prompt_logits)
+        return hidden[self._to_device(np.array(last_rows, dtype=np.int64))]
+
+    def _sample(
+        self,
+        launched: Launched,
+        hidden: list[torch.Tensor],
+        rows: ListLike[SampleRow] | None,
+        *,
+        keep_logits: bool,
+    ) -> None:
+        """Sample the rows of `hidden`, one for each of `Launched.sampling`."""
+        states = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        logits = self._logits(states, [(each.adapter, 1) for each in launched.sampling])
+        if keep_logits:
+            launched.logits = OnHost(logits.float().clone())
+        slots = [each.slot for each in launched.sampling]
+        if rows is None:
+            tokens = self._sampler.sample_plain(logits, slots)
+        else:
+            launched.sampled = self._sampler.sample(logits, rows)
+            tokens = launched.sampled.token_ids
+            if launched.sampled.logprobs is not None:
+                launched.logprobs = OnHost(launched.sampled.logprobs)
+        self._last_tokens[self._to_device(np.array(slots))] = tokens
+        launched.tokens = OnHost(tokens)
 
     def _logits(
         self, hidden: torch.Tensor, rows: ListLike[tuple[Adapter | None, int]]
     ) -> torch.Tensor:
         with self._routing.of(rows):
             logits: torch.Tensor = self._family.lm_head(hidden)
-        return logits.float()
+        return logits
 
     def _clear_begun(self, step: Step) -> None:
         """Empty the blocks that the step begins and does not fill."""
@@ -144,41 +250,60 @@ class Runner:
         if begun:
             self._cache.clear(self._to_device(np.array(begun)))
 
-    def _context(self, step: Step) -> StepContext:
-        size = self._cache.block_size
-        decodes = step.decodes
-        blocks = [np.array([c.sequence.blocks[c.start // size] for c in decodes], dtype=np.int64)]
-        offsets = [np.array([c.start % size for c in decodes], dtype=np.int64)]
-        prefills: list[Prefill] = []
-        for chunk in step.prefills:
-            at = np.arange(chunk.start, chunk.end)
-            blocks.append(np.array(chunk.sequence.blocks)[at // size])
-            offsets.append(at % size)
-        row = len(step.decodes)
-        for chunk in step.prefills:
-            end = row + chunk.end - chunk.start
-            table = np.array(chunk.sequence.blocks[: -(-chunk.end // size)])
-            prefills.append(Prefill(row, end, chunk.end, self._to_device(table)))
-            row = end
-        width = max((-(-chunk.end // size) for chunk in step.decodes), default=0)
-        tables = np.zeros((len(step.decodes), width), dtype=np.int64)
-        for index, chunk in enumerate(step.decodes):
-            used = -(-chunk.end // size)
-            tables[index, :used] = chunk.sequence.blocks[:used]
-        ends = np.array([chunk.end for chunk in step.decodes], dtype=np.int64)
-        mask = np.arange(width * size)[None, :] < ends[:, None]
-        return StepContext(
-            cache=self._cache,
-            blocks=self._to_device(np.concatenate(blocks)),
-            offsets=self._to_device(np.concatenate(offsets)),
-            decodes=len(step.decodes),
-            tables=self._to_device(tables),
-            mask=self._to_device(mask[:, None, None, :]),
-            prefills=prefills,
+    def _context(self, decodes: list[Chunk], prefills: list[Chunk]) -> StepContext:
+        size, per_block = self._cache.block_size, self._cache.rows_per_block
+
+        def rows_of(chunk: Chunk, start: int) -> np.ndarray:
+            at = np.arange(start, chunk.end)
+            first = start // size
+            blocks = np.array(chunk.sequence.blocks[first : -(-chunk.end // size)], dtype=np.int64)
+            rows: np.ndarray = blocks[at // size - first] * per_block + at % size
+            return rows
+
+        new = [rows_of(chunk, chunk.start) for chunk in (*decodes, *prefills)]
+        context = StepContext(
+            self._cache, self._kernels, self._to_device(np.concatenate(new)), None, None
         )
+        if decodes:
+            width = max(-(-chunk.end // size) for chunk in decodes)
+            tables = np.zeros((len(decodes), width), dtype=np.int32)
+            for index, chunk in enumerate(decodes):
+                used = -(-chunk.end // size)
+                tables[index, :used] = chunk.sequence.blocks[:used]
+            lengths = np.array([chunk.end for chunk in decodes], dtype=np.int32)
+            tables *= self._cache.pages_per_block
+            context.decodes = Decodes(self._to_device(tables), self._to_device(lengths))
+        if prefills:
+            spans, row = [], len(decodes)
+            for chunk in prefills:
+                spans.append((row, row + chunk.end - chunk.start, chunk.end))
+                row = spans[-1][1]
+            rows = None
+            if any(chunk.start for chunk in prefills):
+                rows = self._to_device(np.concatenate([rows_of(chunk, 0) for chunk in prefills]))
+            context.prefills = Prefills(
+                spans,
+                rows,
+                self._to_device(_sums(end - start for start, end, _ in spans)),
+                self._to_device(_sums(length for _, _, length in spans)),
+            )
+        return context
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return tensor
+        # (From pageable memory, a large copy would wait for the device.)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def _has_adapter(chunk: Chunk) -> bool:
+    return chunk.sequence.adapter is not None
+
+
+def _sums(lengths: Iterable[int]) -> np.ndarray:
+    """``(n + 1,)`` int32: 0, the first length, the first two together, ..."""
+    return np.cumsum([0, *lengths], dtype=np.int32)
 
 
 def _token_ids(chunks: ListLike[Chunk]) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -194,12 +319,12 @@ def _token_ids(chunks: ListLike[Chunk]) -> tuple[np.ndarray, list[tuple[int, int
     return np.array(ids, dtype=np.int64), pending
 
 
-def _positions(step: Step) -> np.ndarray:
+def _positions(decodes: list[Chunk], prefills: list[Chunk]) -> np.ndarray:
     """``(axes, T)``."""
-    axes = step.chunks[0].sequence.positions.shape[0]
-    decodes = np.array([c.start + c.sequence.delta for c in step.decodes], dtype=np.int64)
-    parts = [np.broadcast_to(decodes, (axes, len(decodes)))]
-    for chunk in step.prefills:
+    axes = (decodes or prefills)[0].sequence.positions.shape[0]
+    decoded = np.array([c.start + c.sequence.delta for c in decodes], dtype=np.int64)
+    parts = [np.broadcast_to(decoded, (axes, len(decoded)))]
+    for chunk in prefills:
         sequence = chunk.sequence
         if chunk.start < sequence.prompt_tokens:
             parts.append(sequence.positions[:, chunk.start : chunk.end].numpy())

@@ -93,6 +93,10 @@ class Sampler:
         self._device = device
         self._params: dict[int, SamplingParams] = {}
         self._seen: Tensor | None = None  # (slots, vocabulary) bool: generated tokens
+        # Places of what the rows of the last plain batch ban, and whose rows they were.
+        self._bans: tuple[Tensor, Tensor] | None = None
+        self._bans_of: tuple[int, ...] | None = None
+        self._least: Tensor | None = None
         # By bit of a grammar's word; int32, and -2**31 for the last.
         self._bits = torch.tensor([1 << bit for bit in range(32)], device=device).to(torch.int32)
         # Added to the key of a logit, so that of equal logits the lower id is the larger key.
@@ -105,6 +109,7 @@ class Sampler:
         :param generated: the tokens that it has already, if it goes on after a preemption.
         """
         self._params[slot] = params
+        self._bans_of = None
         if params.repetition_penalty == 1.0:
             return
         if self._seen is None:
@@ -114,6 +119,30 @@ class Sampler:
         self._seen[slot] = False
         if generated:
             self._seen[slot].index_fill_(0, self._upload(sorted(set(generated))), True)
+
+    @torch.no_grad()
+    def sample_plain(self, logits: Tensor, slots: Sequence[int]) -> Tensor:
+        """The same as `sample`, of rows whose parameters are `SamplingParams.plain`: (rows,).
+
+        The batch of a step is mostly that of the step before, so the host has nothing to do.
+
+        :param logits: (rows, vocabulary); banned ones are changed.
+        """
+        who = tuple(slots)
+        if who != self._bans_of:
+            at = [(row, i) for row, slot in enumerate(who) for i in self._params[slot].banned_ids]
+            self._bans = None
+            if at:
+                rows, ids = zip(*at, strict=True)
+                self._bans = self._upload(rows), self._upload(ids)
+            self._bans_of = who
+        if self._bans is not None:
+            if self._least is None or self._least.dtype != logits.dtype:
+                least = torch.finfo(logits.dtype).min
+                self._least = torch.full((), least, dtype=logits.dtype, device=self._device)
+            # (A number in place of the tensor would be copied to the device, and waited for.)
+            logits.index_put_(self._bans, self._least)
+        return logits.argmax(-1)
 
     @torch.no_grad()
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:

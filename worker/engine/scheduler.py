@@ -18,6 +18,7 @@ from operator import attrgetter
 from typing import Final
 
 from worker.engine.blocks import BlockPool
+from worker.engine.host_tier import HostTier
 from worker.engine.sequence import ImageSpan, Sequence
 from worker.engine.vision import VisionCache
 
@@ -68,8 +69,9 @@ class Step:
 
     def group_adapters(self) -> None:
         """Set the chunks of one adapter side by side, so that its tokens are rows of one slice."""
-        self.decodes.sort(key=_adapter)
-        self.prefills.sort(key=_adapter)
+        for chunks in (self.decodes, self.prefills):
+            if any(chunk.sequence.adapter is not None for chunk in chunks):
+                chunks.sort(key=_adapter)
 
     @property
     def tokens(self) -> int:
@@ -96,12 +98,20 @@ class Limits:
 
 class Scheduler:
     def __init__(
-        self, limits: Limits, pool: BlockPool, vision: VisionCache, *, prefix_caching: bool = True
+        self,
+        limits: Limits,
+        pool: BlockPool,
+        vision: VisionCache,
+        *,
+        prefix_caching: bool = True,
+        tier: HostTier | None = None,
     ) -> None:
+        """:param tier: where blocks are looked for that the device no longer has."""
         self._limits = self._configured = limits
         self._pool = pool
         self._vision = vision
         self._prefix_caching = prefix_caching
+        self._tier = tier
         self._slots = list(range(limits.max_sequences - 1, -1, -1))
         self.waiting: list[Sequence] = []
         """Sorted by `Sequence.order`, as is `running`."""
@@ -179,16 +189,19 @@ class Scheduler:
         step = Step()
         budget = self._limits.max_step_tokens
         preemptions = self.preemptions
-        running = self._candidates()
-        for sequence in running:
-            if not budget or sequence.slot < 0 or not self._may_decode(sequence):
+        prefilling: list[Sequence] = []
+        for sequence in self._candidates():
+            if sequence.slot < 0:
                 continue
-            if self._make_room(sequence, sequence.length):
-                chunk = Chunk(sequence, sequence.computed, sequence.length, samples=True)
-                step.decodes.append(chunk)
-                budget -= 1
-        for sequence in running:
-            if budget and sequence.slot >= 0 and not sequence.decoding and not sequence.pending:
+            if not sequence.decoding:
+                prefilling.append(sequence)
+            elif budget and self._may_decode(sequence):
+                length = sequence.length
+                if self._make_room(sequence, length):
+                    step.decodes.append(Chunk(sequence, sequence.computed, length, samples=True))
+                    budget -= 1
+        for sequence in prefilling:
+            if budget and sequence.slot >= 0 and not sequence.pending:
                 budget -= self._plan_prefill(sequence, step, budget)
         # Whoever was driven out in this step must not come back in it.
         while budget and self.waiting and self.preemptions == preemptions and not self.suspects:
@@ -197,9 +210,11 @@ class Scheduler:
                 break
             step.admitted.append(sequence)
             budget -= self._plan_prefill(sequence, step, budget)
-        # Those that were driven out after their chunk had been planned.
-        step.keep(lambda chunk: chunk.sequence.slot >= 0)
-        self._park(step)
+        if self.preemptions != preemptions:
+            # Those that were driven out after their chunk had been planned.
+            step.keep(lambda chunk: chunk.sequence.slot >= 0)
+        if step.unprepared:
+            self._park(step)
         step.group_adapters()
         return step
 
@@ -259,9 +274,8 @@ class Scheduler:
             sequence.registered = full
 
     def _may_decode(self, sequence: Sequence) -> bool:
-        if not sequence.decoding or sequence.complete:
-            return False
-        return not (sequence.needs_feedback and sequence.pending)
+        """Of one that is decoding."""
+        return not (sequence.complete or (sequence.needs_feedback and sequence.pending))
 
     def _plan_prefill(self, sequence: Sequence, step: Step, budget: int) -> int:
         """Plan as much of a prompt as possible; returns the number of its tokens."""
@@ -302,7 +316,10 @@ class Scheduler:
         if self._prefix_caching and not sequence.wants_prompt_logits:
             # At least one token is computed, since its logits are needed.
             usable = (sequence.length - 1) // size
-            matched = self._pool.match(sequence.block_hashes(size)[:usable])
+            hashes = sequence.block_hashes(size)[:usable]
+            matched = self._pool.match(hashes)
+            if self._tier is not None and len(matched) < usable:
+                matched += self._tier.match(hashes[len(matched) :])
         computed = len(matched) * size
         chunk = min(sequence.length - computed, self._limits.max_step_tokens)
         # One block more for each running sequence, so that the newcomer does not drive them out.
@@ -355,7 +372,7 @@ class Scheduler:
         self._slots.append(sequence.slot)
         sequence.blocks = []
         sequence.slot = -1
-        sequence.computed = sequence.registered = 0
+        sequence.computed = sequence.registered = sequence.tabled = 0
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._limits.block_size)

@@ -102,6 +102,8 @@ class Sequence:
     """Of its full blocks, as far as they are known."""
     registered: int = 0
     """Of its blocks, those that the pool knows by their hash."""
+    tabled: int = 0
+    """Of its blocks, those that the decoder's page table knows (`worker.engine.decoder`)."""
 
     @property
     def lane(self) -> int:

@@ -22,6 +22,8 @@ class Shape:
     """What a model keeps of a token."""
 
     layers: int
+    heads: int
+    """Of queries."""
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
@@ -33,6 +35,7 @@ class Shape:
         heads = text.num_attention_heads
         return cls(
             layers=int(text.num_hidden_layers),
+            heads=int(heads),
             kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
             dtype=loaded.dtype,
@@ -74,9 +77,12 @@ class Sizes:
             max_encode_tokens=config.max_encode_tokens or step_tokens,
             max_sequences=config.max_batch_size or (256 if cuda else 32),
         )
-        self._shape = Shape.of(loaded)
-        block_bytes = self._shape.block_bytes(config.block_size)
+        self.shape = Shape.of(loaded)
+        block_bytes = self.shape.block_bytes(config.block_size)
         self.vision_cache_bytes = config.vision_cache_bytes or (2048 if cuda else 128) * MIB
+        self.host_cache_bytes = config.host_cache_bytes
+        if self.host_cache_bytes is None:
+            self.host_cache_bytes = 4096 * MIB if cuda else 0
         self.adapter_bytes = config.adapter_bytes or (1024 if cuda else 256) * MIB
         nbytes = config.kv_cache_bytes
         if not nbytes and cuda:
@@ -99,7 +105,7 @@ class Sizes:
             self.blocks = min(self.blocks, 2 * most + 1)
 
     def cache(self) -> KVCache:
-        return self._shape.cache(self.blocks, self.limits.block_size)
+        return self.shape.cache(self.blocks, self.limits.block_size)
 
 
 def kv_cache_room(

@@ -34,6 +34,10 @@ class Detokenizer:
         self._read = 0  # index after the last token whose text is certain
         self._shown = 0  # characters of the window that were returned
 
+    def add(self, token_id: int) -> None:
+        """Add a token whose text will come with that of the next one."""
+        self._ids.append(token_id)
+
     def append(self, token_id: int) -> str:
         """Add a token; return the new text, or ``""`` while a character is unfinished."""
         self._ids.append(token_id)
@@ -74,6 +78,8 @@ class StopWords:
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Add text; return what can be shown now, and whether a stop word ended the text."""
+        if not self._words:
+            return text, False
         text = self._held + text
         matches = [(at + len(word), at) for word in self._words if (at := text.find(word)) >= 0]
         if matches:

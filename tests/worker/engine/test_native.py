@@ -38,6 +38,14 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "few slots": {"max_batch_size": 2, "block_size": 16},
     "launched ahead": {"overlap": True, "block_size": 8, "max_step_tokens": 48},
     "no caches": {"prefix_caching": False, "vision_cache_bytes": 1, "max_step_tokens": 30},
+    "decodes apart": {"split_decodes": True, "block_size": 8, "overlap": True},
+    "preemption, decodes apart": {
+        "tight": True,
+        "split_decodes": True,
+        "block_size": 4,
+        "overlap": True,
+        "max_step_tokens": 64,
+    },
     "preemption": {"tight": True, "block_size": 4, "max_step_tokens": 64},
     "preemption, launched ahead": {"tight": True, "block_size": 4, "overlap": True},
 }

@@ -113,6 +113,8 @@ def raise_in_row(
     """
     asked: list[Generation] = []
     original = Generation.row
+    # As with a grammar: plain ones are not asked.
+    monkeypatch.setattr(Generation, "__post_init__", lambda self: setattr(self, "plain", False))
 
     def row(self: Generation) -> SampleRow:
         if when(self):

@@ -2,25 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from worker.engine.attention.cache import KVCache
 
 
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """Several new tokens of one sequence."""
+@dataclass(slots=True)
+class Decodes:
+    """One new token of each of B sequences."""
 
-    start: int
-    end: int
-    """The tokens ``start`` to ``end`` of the step."""
-    context: int
-    """Tokens of the sequence up to the last new one; the new ones are among them."""
-    blocks: torch.Tensor
-    """``(n,)`` int64: the blocks that hold the context, in order."""
+    tables: torch.Tensor
+    """``(B, width)`` int32: the first page of each block of a sequence (`KVCache.pages_per_block`
+    times the block's number), padded with 0."""
+    lengths: torch.Tensor
+    """``(B,)`` int32: tokens of each, the new one among them; at least 1."""
+    bias: Any = None
+    """What a kernel has made of the two, for all layers."""
+
+    @property
+    def count(self) -> int:
+        return self.tables.shape[0]
+
+
+@dataclass(slots=True)
+class Prefills:
+    """Several new tokens of each of n sequences, after the tokens that decode."""
+
+    spans: Sequence[tuple[int, int, int]]
+    """``(start, end, context)``: the tokens ``start`` to ``end`` of the step; and the tokens of the
+    sequence up to the last new one, the new ones among them."""
+    rows: torch.Tensor | None
+    """``(sum of the contexts,)`` int64: the rows of a layer's cache (`KVCache.layer_rows`) of all
+    tokens of all contexts; ``None`` if all of them are new."""
+    cu_new: torch.Tensor
+    """``(n + 1,)`` int32: sums of the numbers of new tokens, from 0."""
+    cu_context: torch.Tensor
+    """``(n + 1,)`` int32: sums of the lengths of the contexts, from 0."""
+
+    @property
+    def max_new(self) -> int:
+        return max(end - start for start, end, _ in self.spans)
+
+    @property
+    def max_context(self) -> int:
+        return max(context for _, _, context in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Who computes. All that are here do the same (`tests/worker/engine/attention`)."""
+
+    name: str
+    decode: Callable[[torch.Tensor, int, StepContext, float], torch.Tensor]
+    """Queries ``(B, heads, head_dim)``, layer, step, scale -> ``(B, heads, head_dim)``, over the
+    cache, in which the new keys and values are already."""
+    prefill: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, int, StepContext, float], torch.Tensor
+    ]
+    """Queries ``(T, heads, head_dim)``, new keys and values ``(T, kv_heads, head_dim)``, layer,
+    step, scale -> ``(T, heads, head_dim)``: T tokens of `StepContext.prefills`."""
 
 
 @dataclass(slots=True)
@@ -28,16 +72,10 @@ class StepContext:
     """The T tokens of a step: first one of each decoding sequence, then the prefills'."""
 
     cache: KVCache
-    blocks: torch.Tensor
-    """``(T,)`` int64: the block into which each token's key and value go."""
-    offsets: torch.Tensor
-    """``(T,)`` int64: the place in that block."""
-    decodes: int
-    """Number of sequences that decode."""
-    tables: torch.Tensor
-    """``(decodes, width)`` int64: blocks of each decoding sequence, padded with 0."""
-    mask: torch.Tensor
-    """``(decodes, 1, 1, width * block_size)`` bool: which tokens of its blocks each may see."""
-    prefills: Sequence[Prefill] = field(default_factory=tuple)
+    kernels: Kernels
+    rows: torch.Tensor
+    """``(T,)`` int64: the row of a layer's cache into which each token's key and value go."""
+    decodes: Decodes | None = None
+    prefills: Prefills | None = None
     calls: int = 0
-    """Layers that have run (`worker.engine.probe` compares)."""
+    """Layers that have run."""

@@ -9,74 +9,69 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from worker.engine.attention.context import Prefill, StepContext
+from worker.engine.attention.context import Decodes, Kernels, StepContext
 
 
-def attend(
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: StepContext,
-    *,
-    scale: float,
-) -> torch.Tensor:
-    """Write the step's keys and values to the cache, and attend.
-
-    :param query: ``(T, heads, head_dim)``.
-    :param key, value: ``(T, kv_heads, head_dim)``.
-    :returns: ``(T, heads, head_dim)``.
-    """
-    keys, values = step.cache.layer(layer)
-    keys[step.blocks, step.offsets] = key
-    values[step.blocks, step.offsets] = value
-    out = torch.empty_like(query)
-    if step.decodes:
-        out[: step.decodes] = _decode(query[: step.decodes], keys, values, step, scale)
-    for prefill in step.prefills:
-        new = slice(prefill.start, prefill.end)
-        if prefill.context == prefill.end - prefill.start:
-            out[new] = _causal(query[new], key[new], value[new], None, scale)
-        else:
-            out[new] = _continue(query[new], keys, values, prefill, scale)
-    return out
-
-
-def _decode(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    step: StepContext,
-    scale: float,
-) -> torch.Tensor:
-    """One token of each sequence. The heads that share a key head are laid out as if they were
-    tokens, so that no key is copied for them."""
+def decode(query: torch.Tensor, layer: int, step: StepContext, scale: float) -> torch.Tensor:
+    """See `Kernels.decode`. The heads that share a key head are laid out as if they were tokens, so
+    that no key is copied for them."""
+    assert step.decodes is not None
+    cache = step.cache
+    keys, values = cache.layer(layer)
+    if step.decodes.bias is None:
+        step.decodes.bias = _bias(step.decodes, cache.pages_per_block, cache.block_size)
+    blocks, mask = step.decodes.bias
     rows, heads, dim = query.shape
     kv_heads = keys.shape[2]
-    grouped = query.view(rows, kv_heads, heads // kv_heads, dim)
+    grouped = query.reshape(rows, kv_heads, heads // kv_heads, dim)
     out = scaled_dot_product_attention(
         grouped,
-        keys[step.tables].flatten(1, 2).transpose(1, 2),
-        values[step.tables].flatten(1, 2).transpose(1, 2),
-        attn_mask=step.mask,
+        keys[blocks].flatten(1, 2).transpose(1, 2),
+        values[blocks].flatten(1, 2).transpose(1, 2),
+        attn_mask=mask,
         scale=scale,
     )
     return out.reshape(rows, heads, dim)
 
 
-def _continue(
+def _bias(
+    decodes: Decodes, pages_per_block: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the blocks ``(B, width)``, and ``(B, 1, 1, width * block_size)`` bool: which of
+    their tokens each sequence may see."""
+    places = torch.arange(decodes.tables.shape[1] * block_size, device=decodes.tables.device)
+    mask = places < decodes.lengths[:, None]
+    return decodes.tables.long() // pages_per_block, mask[:, None, None, :]
+
+
+def prefill(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    prefill: Prefill,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: int,
+    step: StepContext,
     scale: float,
 ) -> torch.Tensor:
-    """New tokens after some that are in the cache already."""
-    new, context = query.shape[0], prefill.context
-    key = keys[prefill.blocks].flatten(0, 1)[:context]
-    value = values[prefill.blocks].flatten(0, 1)[:context]
-    mask = torch.ones(new, context, dtype=torch.bool, device=query.device)
-    return _causal(query, key, value, mask.tril(context - new), scale)
+    """See `Kernels.prefill`; one sequence after the other."""
+    assert step.prefills is not None
+    first = step.prefills.spans[0][0]
+    rows = step.prefills.rows
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    at = 0
+    for start, end, context in step.prefills.spans:
+        new = slice(start - first, end - first)
+        if rows is None:
+            out[new] = _causal(query[new], key[new], value[new], None, scale)
+        else:
+            keys, values = step.cache.layer_rows(layer)
+            of_context = rows[at : at + context]
+            mask = None
+            if context > end - start:
+                mask = torch.ones(end - start, context, dtype=torch.bool, device=query.device)
+                mask = mask.tril(context - (end - start))
+            out[new] = _causal(query[new], keys[of_context], values[of_context], mask, scale)
+        at += context
+    return out
 
 
 def _causal(
@@ -100,3 +95,6 @@ def _causal(
         scale=scale,
     )
     return out[0].transpose(0, 1)
+
+
+KERNELS = Kernels("sdpa", decode, prefill)
