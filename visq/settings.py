@@ -122,6 +122,12 @@ class Settings(BaseSettings):
     vision_cache_bytes: Annotated[int, Field(ge=0)] = 0
     """Memory for features of pictures, which are encoded once while they stay there; 0: 128 MiB on
     the CPU, 2 GiB on CUDA."""
+    host_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Memory of the machine for the KV cache of sessions, so that a turn that comes minutes later
+    needs not be computed from its start; 0: none. Unset: 4 GiB on CUDA, none on the CPU."""
+    preparers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that resize and cut pictures for the model; 0: a thread of the engine does. Unset:
+    none on the CPU, on CUDA one for every three cores, up to 6."""
     prefix_caching: bool = True
     """Keep the KV cache of prompts, so that what begins like an earlier prompt of the same tenant
     (the next turn of a session) is not computed again."""

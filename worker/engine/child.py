@@ -46,7 +46,7 @@ def main(connection: Connection[Any, ToEngine], config: EngineConfig, owner: int
 
     :param owner: process id of the process that started this one.
     """
-    _die_with(owner)
+    die_with(owner)
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     # They were blocked at birth, so that none came before this line (see `ProcessEngine`).
@@ -143,7 +143,8 @@ def _leave_after(ended: threading.Event) -> None:
     os._exit(1)
 
 
-def _die_with(owner: int) -> None:
+def die_with(owner: int) -> None:
+    """End with the process `owner`, and with the thread of it that started this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != owner:  # it died before this line

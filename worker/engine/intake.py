@@ -1,6 +1,8 @@
 """From a request to sequences: its prompt as tokens, its pictures prepared, its sampling resolved.
 
-Runs in threads beside the model. Whatever is wrong with a request is found here, and is its own.
+Runs in threads beside the model, of which one is at work at a time: they share Python with the
+model's steps. With preparing processes there are several, and the others wait for their pictures.
+Whatever is wrong with a request is found here, and is its own.
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,14 +37,18 @@ from worker.engine.grammar import GrammarCompiler
 from worker.engine.keys import image_key, root_key
 from worker.engine.lanes import LaneQueue, Task
 from worker.engine.loading import LoadedModel
+from worker.engine.pictures import Pictures
+from worker.engine.preparing import Preparers
 from worker.engine.prompt import PromptBuilder, expand
 from worker.engine.repetition import NgramRepetition
+from worker.engine.room import Room
 from worker.engine.sequence import ImageSpan, Sequence, placeholder_runs
 
 logger = logging.getLogger(__name__)
 
-SIZES_TOKENS: Final = 1 << 20
-"""Placeholders of pictures of known sizes that are remembered, some 40 bytes each."""
+AT_ONCE: Final = 3
+"""Requests that are prepared at a time, for each preparing process: one that its process has, and
+others that have their turn here, or whose picture is the next."""
 
 LOADERS: Final = 8
 """Known pictures whose pixels are loaded at a time."""
@@ -81,7 +86,7 @@ class Intake:
         max_context: int,
         prepared_bytes: int,
         is_cached: Callable[[bytes], bool],
-        threads: int = 1,
+        preparers: Preparers | None = None,
     ) -> None:
         """
         :param deliver: takes each request when it is ready, or what is wrong with it; called in
@@ -90,31 +95,28 @@ class Intake:
             further request is prepared.
         :param is_cached: whether the features of a picture are known, so that its pixels need not
             be prepared.
+        :param preparers: prepare pictures in place of the intake, which closes them.
         """
         self._loaded = loaded
         self._family = family
         self._adapters = adapters
         self._deliver = deliver
-        self._is_cached = is_cached
         self._prompts = PromptBuilder(
             loaded.name, loaded.processor, takes_images=loaded.takes_images
         )
         self._answering = Answering(loaded, max_context)
         self._grammars = GrammarCompiler(loaded.tokenizer, loaded.vocab_size, loaded.end_ids)
-        self._sizes: dict[tuple[int, int], PreparedImage] = {}
-        self._sizes_tokens = 0
-        self._prepared: weakref.WeakValueDictionary[bytes, PreparedImage] = (
-            weakref.WeakValueDictionary()
-        )
-        """Pictures that wait for their encoding, for others who show the same ones."""
+        self._preparers = preparers
         self._arrivals = 0
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        """Of the thread that is at work."""
         self.waiting = LaneQueue()
-        self._room = _Room(prepared_bytes, self.waiting.changed)
+        self._room = Room(prepared_bytes, self.waiting.changed)
+        self._pictures = Pictures(family, preparers, self._room, self._turn, is_cached)
         self._again = ThreadPoolExecutor(LOADERS, "visq-prepare-again")
         self._threads = [
             threading.Thread(target=self._work, name=f"visq-prepare-{index}", daemon=True)
-            for index in range(threads)
+            for index in range(1 if preparers is None else AT_ONCE * preparers.count)
         ]
         for thread in self._threads:
             thread.start()
@@ -124,6 +126,8 @@ class Intake:
         left = self.waiting.close()
         # Not waited for: the loading of a picture is the caller's code, and may block.
         self._again.shutdown(wait=False, cancel_futures=True)
+        if self._preparers is not None:
+            self._preparers.close()
         for thread in self._threads:
             thread.join()
         return left
@@ -144,32 +148,38 @@ class Intake:
                 if not wanted():
                     raise EngineError("the request has ended")
                 buffer = _load(image) if isinstance(image, KnownImage) else image
-                prepared = self._family.prepare_image(buffer.array())
+                prepared = self._pictures.prepare(buffer)
             except VisqError as error:
                 then(_without_frames(error))
             except BaseException:
                 logger.exception("a picture cannot be prepared again")
                 then(EngineError("a picture cannot be prepared again; the engine's log says more"))
             else:
-                self._room.hold(prepared)
                 then(prepared)
 
         self._again.submit(work)
 
     def _work(self) -> None:
-        while (task := self.waiting.take(self._has_room_for)) is not None:
-            try:
-                self._deliver(task, self._build(task))
-            except VisqError as error:
-                self._deliver(task, _without_frames(error))
-            except BaseException:  # a panic in a library in Rust is no Exception
-                logger.exception("request %s failed", task.request.id)
-                self._deliver(
-                    task, EngineError("the engine failed on this request; its log says more")
-                )
+        while (task := self.waiting.take(self._admit)) is not None:
+            # (Not kept in this frame, which waits for the next one: pixels may be among it.)
+            self._deliver(task, self._outcome(task))
 
-    def _has_room_for(self, task: Task) -> bool:
-        return not task.request.images or not self._room.full
+    def _outcome(self, task: Task) -> Running | VisqError:
+        try:
+            with self._turn:
+                return self._build(task)
+        except VisqError as error:
+            return _without_frames(error)
+        except BaseException:  # a panic in a library in Rust is no Exception
+            logger.exception("request %s failed", task.request.id)
+            return EngineError("the engine failed on this request; its log says more")
+        finally:
+            self._room.is_prepared(task)
+
+    def _admit(self, task: Task) -> bool:
+        """Whether it may be taken; if so, room is kept for its pictures until they are prepared."""
+        images = task.request.images
+        return not images or self._room.admit(task, sum(map(self._pictures.nbytes, images)))
 
     def _build(self, task: Task) -> Running:
         """The request's adapter is held for it until its outcome."""
@@ -183,6 +193,8 @@ class Intake:
             raise
 
     def _build_for(self, task: Task, adapter: Adapter | None) -> Running:
+        self._arrivals += 1
+        arrival = self._arrivals
         request = task.request
         config = request.gen_config
         params.check(config, self._loaded.vocab_size, self._loaded.end_ids)
@@ -213,9 +225,6 @@ class Intake:
         prompt_tokens = len(token_ids)
         max_tokens = prompt_tokens + self._answering.room(prompt_tokens, config.max_new_tokens)
         positions, delta = self._family.positions(token_ids, [p.without_pixels() for p in images])
-        with self._lock:
-            self._arrivals += 1
-            arrival = self._arrivals
         lane = list(Lane).index(request.lane)
         wants_prompt_logits = config.return_ppl or config.output_logits == "all"
         stop_ids = self._answering.stop_ids(config)
@@ -280,67 +289,11 @@ class Intake:
         return ids
 
     def _prepare(self, request: EngineRequest, image: EngineImage) -> PreparedImage:
-        """The picture's tokens; and its pixels, if they are at hand and may be needed."""
         if self._family.image_token_id is None:
             raise UnsupportedParameter(
                 f"the model {self._loaded.name} takes no images", param="messages"
             )
-        size = (image.height, image.width)
-        known = self._sizes.get(size)
-        if isinstance(image, KnownImage):
-            if known is None:
-                # Any picture of this size has these tokens.
-                blank = np.zeros((*size, 3), dtype=np.uint8)
-                known = self._remember(size, self._family.prepare_image(blank))
-            return known
-        if known is not None and self._is_cached(_key(request, image)):
-            return known
-        key = _key(request, image)
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = self._family.prepare_image(image.array())
-            self._remember(size, prepared)
-            self._room.hold(prepared)
-            self._prepared[key] = prepared
-        return prepared
-
-    def _remember(self, size: tuple[int, int], prepared: PreparedImage) -> PreparedImage:
-        known = prepared.without_pixels()
-        if size not in self._sizes:
-            if self._sizes_tokens > SIZES_TOKENS:
-                self._sizes.clear()
-                self._sizes_tokens = 0
-            self._sizes[size] = known
-            self._sizes_tokens += len(known.token_ids)
-        return known
-
-
-class _Room:
-    """Memory for prepared pictures; while it is `full`, requests with pictures stay in the queue.
-
-    (It can be passed by what one request holds: waiting in the middle of a request, for what only
-    itself can give back, would be for ever.)
-    """
-
-    def __init__(self, nbytes: int, changed: threading.Condition) -> None:
-        """:param changed: of an RLock, as finalizers run anywhere; notified when some is freed."""
-        self._left = nbytes
-        self._changed = changed
-
-    @property
-    def full(self) -> bool:
-        return self._left <= 0
-
-    def hold(self, prepared: PreparedImage) -> None:
-        """Count `prepared` for as long as anybody refers to it."""
-        nbytes = prepared.nbytes
-        self._add(-nbytes)
-        weakref.finalize(prepared, self._add, nbytes).atexit = False
-
-    def _add(self, nbytes: int) -> None:
-        with self._changed:
-            self._left += nbytes
-            self._changed.notify_all()
+        return self._pictures.prepared(_key(request, image), image)
 
 
 def _key(request: EngineRequest, image: EngineImage) -> bytes:

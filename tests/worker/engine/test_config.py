@@ -19,6 +19,8 @@ GIVEN = {
     "kv_cache_bytes": 10**9,
     "gpu_memory_utilization": 0.5,
     "vision_cache_bytes": 10**8,
+    "host_cache_bytes": 10**7,
+    "preparers": 4,
     "prefix_caching": False,
     "preload_adapters": True,
 }

@@ -38,7 +38,11 @@ class PreparedImage:
 
     def without_pixels(self) -> PreparedImage:
         """What depends on the picture's size only: enough for `Family.positions`."""
-        grids = {name: each for name, each in self.tensors.items() if not name.startswith("pixel")}
+        grids = {
+            name: each.clone()  # a view would keep the memory of the pixels
+            for name, each in self.tensors.items()
+            if not name.startswith("pixel")
+        }
         return PreparedImage(self.token_ids, grids)
 
 

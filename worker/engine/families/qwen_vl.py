@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from visq.errors import InvalidRequest
+from worker.engine.attention import VISION_NAME
 from worker.engine.families.base import ImageFeatures, PreparedImage
 from worker.engine.families.generic import GenericFamily
+from worker.engine.families.qwen_vision import VisionLayouts
 
 
 class QwenVLFamily(GenericFamily):
+    def __init__(self, model: Any, processor: Any) -> None:
+        """See `GenericFamily`."""
+        super().__init__(model, processor)
+        # One call for all pictures and windows, where transformers' own makes one for each.
+        self._base.visual.config._attn_implementation = VISION_NAME
+        self._layouts = VisionLayouts(self._base.visual)
+
     def positions(
         self, token_ids: Sequence[int], images: Sequence[PreparedImage]
     ) -> tuple[torch.Tensor, int]:
@@ -43,6 +52,11 @@ class QwenVLFamily(GenericFamily):
             image_grid_thw=torch.cat([image.tensors["image_grid_thw"] for image in images]),
         )
         return positions[:, 0], int(deltas.reshape(-1)[0])
+
+    def _derived(self, joined: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What the tower would have to read back from the GPU."""
+        grids = joined["image_grid_thw"].tolist()
+        return self._layouts.arguments([(frames, rows, columns) for frames, rows, columns in grids])
 
     def decoder_kwargs(
         self, positions: torch.Tensor, visual: Sequence[tuple[slice, ImageFeatures, slice]]

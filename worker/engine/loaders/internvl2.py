@@ -14,18 +14,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
 from visq.errors import ConfigurationError
-from worker.engine.loaders.internvl2_config import build_config, recognise
+from worker.engine.loaders.internvl2_config import build_config, checkpoint_folder, recognise
 from worker.engine.loaders.internvl2_processor import load_processor
 from worker.engine.loaders.internvl2_weights import load_model
 
 __all__ = ["load", "recognise"]
-
-FILES: Final = ("*.json", "*.jinja", "*.safetensors", "merges.txt", "tokenizer.model")
-"""What is downloaded of a checkpoint: no code."""
 
 TURN_END: Final = "<|im_end|>"
 
@@ -48,9 +44,7 @@ def load(
     :raises ConfigurationError: naming what is missing, left over or not supported.
     """
     config = build_config(raw)
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=list(FILES)))
+    folder = checkpoint_folder(source)
     processor = load_processor(folder, raw, system_message=system_message)
     config.image_token_id = processor.image_token_id
     if len(processor.tokenizer) > config.text_config.vocab_size:

@@ -6,8 +6,10 @@ What transformers' modules cannot express is refused by name, never ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
+from huggingface_hub import snapshot_download
 from transformers import (
     InternVLConfig,
     InternVLVisionConfig,
@@ -17,6 +19,9 @@ from transformers import (
 )
 
 from visq.errors import ConfigurationError
+
+FILES: Final = ("*.json", "*.jinja", "*.safetensors", "merges.txt", "tokenizer.model")
+"""What is downloaded of a checkpoint: no code."""
 
 TEXT_CONFIGS: Final[Mapping[str, Any]] = {
     "InternLM2ForCausalLM": LlamaConfig,
@@ -49,6 +54,12 @@ def recognise(raw: Mapping[str, Any]) -> bool:
         raw.get("architectures") or []
     )
     return named and "llm_config" in raw and "vision_config" in raw
+
+
+def checkpoint_folder(source: str) -> Path:
+    """The folder of a checkpoint: `source` itself, or where its files are downloaded to."""
+    folder = Path(source)
+    return folder if folder.is_dir() else Path(snapshot_download(source, allow_patterns=[*FILES]))
 
 
 def text_architecture(raw: Mapping[str, Any]) -> str:
