@@ -131,6 +131,9 @@ class Settings(BaseSettings):
     prefix_caching: bool = True
     """Keep the KV cache of prompts, so that what begins like an earlier prompt of the same tenant
     (the next turn of a session) is not computed again."""
+    eager_mode: bool = False
+    """On CUDA: neither CUDA graphs nor compiled layers. The worker starts in half the time, and is
+    several times as slow."""
     adapters: str = ""
     """LoRA adapters that jobs may name in ``adapter_name``: ``name=folder`` pairs separated by
     commas."""

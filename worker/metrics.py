@@ -61,6 +61,15 @@ ENGINE: Final = (
         "Blocks that are free, or cached and can be evicted.",
     ),
     EngineMetric(
+        "gauge", "host_kv_blocks", "host_blocks", "Blocks that the host's memory has room for."
+    ),
+    EngineMetric(
+        "gauge", "host_kv_blocks_used", "host_used_blocks", "Blocks that are kept there."
+    ),
+    EngineMetric(
+        "counter", "host_kv_hits", "host_hits", "Blocks that were copied back from there."
+    ),
+    EngineMetric(
         "gauge", "vision_cache_bytes", "vision_bytes", "Bytes of picture features that are cached."
     ),
     EngineMetric("counter", "requests", "requests", "Requests submitted to the engine."),

@@ -29,6 +29,7 @@ OURS: Final[Mapping[str, str]] = {
     "cache_block_seq_len": "block_size",
     "enable_prefix_caching": "prefix_caching",
     "adapters": "adapters",
+    "eager_mode": "eager_mode",
 }
 """LMDeploy's field -> that of `EngineConfig`."""
 
@@ -43,7 +44,6 @@ ACCEPTED: Final = frozenset(
         "cache_prompt_boundary_skip",
         "communicator",
         "cudagraph_capture_batch_sizes",
-        "eager_mode",
         "enable_metrics",
         "enable_mp_engine",
         "kernel_block_size",

@@ -57,11 +57,12 @@ class EngineConfig:
     split_decodes: bool | None = None
     """Compute the sequences that decode apart from the prompts of the same step; ``None``: on CUDA
     only, where that part is a CUDA graph."""
-    cuda_graphs: bool = True
-    """On CUDA."""
+    eager_mode: bool = False
+    """On CUDA: neither CUDA graphs nor compiled layers. Starts in half the time, and is several
+    times as slow."""
     compile: bool | None = None
-    """Compile the model's layers; ``None``: on CUDA only. Not where there are `adapters`, which
-    change the layers."""
+    """Compile the model's layers; ``None``: on CUDA, unless `eager_mode`. Not where there are
+    `adapters`, which change the layers."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters that requests may name: name -> folder, as PEFT saves it. Each is read at its
     first use, and again once its files have changed."""
@@ -91,6 +92,7 @@ class EngineConfig:
             host_cache_bytes=settings.host_cache_bytes,
             preparers=settings.preparers,
             prefix_caching=settings.prefix_caching,
+            eager_mode=settings.eager_mode,
             adapters=settings.adapter_folders,
             preload_adapters=True,  # a wrong folder is better known now than by the first job
             hang_seconds=settings.engine_hang_seconds,

@@ -79,7 +79,8 @@ class NativeEngine:
         self._loaded = loaded
         self._family = family
         cuda = loaded.device.type == "cuda"
-        if (cuda if config.compile is None else config.compile) and not config.adapters:
+        compiled = cuda and not config.eager_mode if config.compile is None else config.compile
+        if compiled and not config.adapters:
             compile_model(loaded, family)
         sizes = Sizes(loaded, config)
         self._sizes = sizes
@@ -114,7 +115,7 @@ class NativeEngine:
             axes=family.positions([0], [])[0].shape[0],
             device=loaded.device,
             split=cuda if config.split_decodes is None else config.split_decodes,
-            graphs=cuda and config.cuda_graphs,
+            graphs=cuda and not config.eager_mode,
         )
         self._overlap = cuda if config.overlap is None else config.overlap
         if cuda:
@@ -179,7 +180,7 @@ class NativeEngine:
 
     def stats(self) -> EngineStats:
         """What the engine holds and has done so far."""
-        scheduler, pool = self._scheduler, self._pool
+        scheduler, pool, tier = self._scheduler, self._pool, self._tier
         return EngineStats(
             queued=len(self._intake.waiting),
             waiting=len(scheduler.waiting) + len(scheduler.parked),
@@ -190,6 +191,9 @@ class NativeEngine:
             available_blocks=pool.available,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            host_blocks=tier.total if tier else 0,
+            host_used_blocks=tier.used if tier else 0,
+            host_hits=tier.hits if tier else 0,
             vision_bytes=self._vision.nbytes,
             vision_hits=self._vision.hits,
             vision_misses=self._vision.misses,

@@ -7,7 +7,6 @@ all who get a token then meet in one ``lm_head`` and in the sampler.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
@@ -22,10 +21,12 @@ from worker.engine.attention import (
     Prefills,
     StepContext,
     attending,
+    flash,
 )
 from worker.engine.blocks import PADDING
 from worker.engine.decoder import Decoder
 from worker.engine.families.base import Family, ImageFeatures
+from worker.engine.prefiller import Places, Prefiller
 from worker.engine.sampler import Sampled, Sampler, SampleRow
 from worker.engine.scheduler import Chunk, Step
 from worker.engine.sequence import Sequence
@@ -109,6 +110,9 @@ class Runner:
             self.decoder = Decoder(
                 family, cache, kernels, self._last_tokens, axes=axes, graphs=graphs
             )
+        self.prefiller: Prefiller | None = None
+        if graphs and kernels.prefill is flash.prefill:
+            self.prefiller = Prefiller(family, cache, kernels, axes=axes, graphs=True)
 
     @torch.inference_mode()
     def warm_up(self, prompt_tokens: int) -> None:
@@ -184,17 +188,23 @@ class Runner:
         visual = _visual(chunks)
         for tokens, features, feature_rows in visual:
             embeddings[tokens] = features.embeddings[feature_rows]
-        positions = self._to_device(_positions(decodes, prefills))
-        context = self._context(decodes, prefills)
+        positions = _positions(decodes, prefills)
+        places = self._places(prefills, first=len(decodes))
         rows_of = [(chunk.sequence.adapter, chunk.end - chunk.start) for chunk in chunks]
-        with self._routing.of(rows_of), attending(context):
-            hidden: torch.Tensor = self._family.decoder(
-                inputs_embeds=embeddings.unsqueeze(0),
-                use_cache=False,
-                attention_mask=None,
-                visq=context,
-                **self._family.decoder_kwargs(positions, visual),
-            ).last_hidden_state[0]
+        kwargs = self._family.decoder_kwargs
+        if self._takes(decodes, prefills, places, visual):
+            assert self.prefiller is not None
+            hidden = self.prefiller.run(embeddings, positions, places)
+        else:
+            context = self._context(decodes, places)
+            with self._routing.of(rows_of), attending(context):
+                hidden = self._family.decoder(
+                    inputs_embeds=embeddings.unsqueeze(0),
+                    use_cache=False,
+                    attention_mask=None,
+                    visq=context,
+                    **kwargs(self._to_device(positions), visual),
+                ).last_hidden_state[0]
         last_rows = []
         row = 0
         for chunk in chunks:
@@ -250,19 +260,49 @@ class Runner:
         if begun:
             self._cache.clear(self._to_device(np.array(begun)))
 
-    def _context(self, decodes: list[Chunk], prefills: list[Chunk]) -> StepContext:
-        size, per_block = self._cache.block_size, self._cache.rows_per_block
+    def _takes(
+        self,
+        decodes: list[Chunk],
+        prefills: list[Chunk],
+        places: Places,
+        visual: list[tuple[slice, ImageFeatures, slice]],
+    ) -> bool:
+        """Whether the prefiller can compute these chunks: pictures are but embeddings to it."""
+        return (
+            self.prefiller is not None
+            and not decodes
+            and self.prefiller.takes(places)
+            and not any(map(_has_adapter, prefills))
+            and not any(features.deepstack for _, features, _ in visual)
+        )
 
-        def rows_of(chunk: Chunk, start: int) -> np.ndarray:
-            at = np.arange(start, chunk.end)
-            first = start // size
-            blocks = np.array(chunk.sequence.blocks[first : -(-chunk.end // size)], dtype=np.int64)
-            rows: np.ndarray = blocks[at // size - first] * per_block + at % size
-            return rows
+    def _rows(self, chunk: Chunk, start: int) -> np.ndarray:
+        """`StepContext.rows` of the tokens of a chunk's sequence from `start` to its end."""
+        size = self._cache.block_size
+        at = np.arange(start, chunk.end)
+        first = start // size
+        blocks = np.array(chunk.sequence.blocks[first : -(-chunk.end // size)], dtype=np.int64)
+        rows: np.ndarray = blocks[at // size - first] * self._cache.rows_per_block + at % size
+        return rows
 
-        new = [rows_of(chunk, chunk.start) for chunk in (*decodes, *prefills)]
+    def _places(self, prefills: list[Chunk], first: int) -> Places:
+        """:param first: of their tokens in the step."""
+        spans, row = [], first
+        for chunk in prefills:
+            spans.append((row, row + chunk.end - chunk.start, chunk.end))
+            row = spans[-1][1]
+        rows = [self._rows(chunk, chunk.start) for chunk in prefills]
+        context = None
+        if any(chunk.start for chunk in prefills):
+            context = np.concatenate([self._rows(chunk, 0) for chunk in prefills])
+        empty = np.empty(0, dtype=np.int64)
+        return Places(spans, np.concatenate(rows) if rows else empty, context)
+
+    def _context(self, decodes: list[Chunk], places: Places) -> StepContext:
+        size = self._cache.block_size
+        rows = [self._rows(chunk, chunk.start) for chunk in decodes]
         context = StepContext(
-            self._cache, self._kernels, self._to_device(np.concatenate(new)), None, None
+            self._cache, self._kernels, self._to_device(np.concatenate([*rows, places.rows]))
         )
         if decodes:
             width = max(-(-chunk.end // size) for chunk in decodes)
@@ -273,19 +313,12 @@ class Runner:
             lengths = np.array([chunk.end for chunk in decodes], dtype=np.int32)
             tables *= self._cache.pages_per_block
             context.decodes = Decodes(self._to_device(tables), self._to_device(lengths))
-        if prefills:
-            spans, row = [], len(decodes)
-            for chunk in prefills:
-                spans.append((row, row + chunk.end - chunk.start, chunk.end))
-                row = spans[-1][1]
-            rows = None
-            if any(chunk.start for chunk in prefills):
-                rows = self._to_device(np.concatenate([rows_of(chunk, 0) for chunk in prefills]))
+        if places.spans:
             context.prefills = Prefills(
-                spans,
-                rows,
-                self._to_device(_sums(end - start for start, end, _ in spans)),
-                self._to_device(_sums(length for _, _, length in spans)),
+                places.spans,
+                None if places.context is None else self._to_device(places.context),
+                self._to_device(places.cu_new),
+                self._to_device(places.cu_context),
             )
         return context
 
@@ -299,11 +332,6 @@ class Runner:
 
 def _has_adapter(chunk: Chunk) -> bool:
     return chunk.sequence.adapter is not None
-
-
-def _sums(lengths: Iterable[int]) -> np.ndarray:
-    """``(n + 1,)`` int32: 0, the first length, the first two together, ..."""
-    return np.cumsum([0, *lengths], dtype=np.int32)
 
 
 def _token_ids(chunks: ListLike[Chunk]) -> tuple[np.ndarray, list[tuple[int, int]]]:

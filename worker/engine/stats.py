@@ -60,6 +60,11 @@ class EngineStats:
     """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int
     """Those of them that were found."""
+    host_blocks: int
+    """Blocks that the memory of the host has room for; 0: none are kept there."""
+    host_used_blocks: int
+    host_hits: int
+    """Blocks that were copied back from there."""
     vision_bytes: int
     vision_hits: int
     vision_misses: int

@@ -34,8 +34,11 @@ def warm_up(runner: Runner, family: Family, limits: Limits) -> None:
             most = max(1, limits.max_encode_tokens // len(picture.token_ids))
             for count in (1, most):
                 family.image_features([picture] * count)
+    if runner.prefiller is not None:
+        with _told("the decoder: CUDA graphs for short prompts"):
+            runner.prefiller.warm_up(limits.max_step_tokens)
     if runner.decoder is not None:
-        with _told("the decoder: CUDA graphs"):
+        with _told("the decoder: CUDA graphs for single tokens"):
             counts = [count for count in COUNTS if count < limits.max_sequences]
             runner.decoder.warm_up([*counts, limits.max_sequences], WIDTHS[0])
 

@@ -40,7 +40,8 @@ Configs = TurbomindEngineConfig | PytorchEngineConfig
         (PytorchEngineConfig(dtype="bfloat16"), {"dtype": "bfloat16"}),
         (PytorchEngineConfig(device_type="cpu"), {"device": "cpu"}),
         (TurbomindEngineConfig(devices=[0], model_format="hf"), {}),
-        (PytorchEngineConfig(thread_safe=True, eager_mode=True, prefill_interval=1), {}),
+        (PytorchEngineConfig(eager_mode=True), {"eager_mode": True}),
+        (PytorchEngineConfig(thread_safe=True, prefill_interval=1), {}),
     ],
 )
 def test_a_field_of_lmdeploy_becomes_ours(config: Configs | None, ours: dict[str, Any]) -> None:

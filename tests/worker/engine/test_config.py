@@ -22,6 +22,7 @@ GIVEN = {
     "host_cache_bytes": 10**7,
     "preparers": 4,
     "prefix_caching": False,
+    "eager_mode": True,
     "preload_adapters": True,
 }
 

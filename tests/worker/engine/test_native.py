@@ -30,6 +30,7 @@ from tests.worker.engine.native_engines import (
 from visq.errors import ImageNotFound
 from visq.pixels import PixelBuffer
 from visq.types import Message
+from worker.engine import prefiller
 from worker.engine.face import Failed, Handle
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -83,6 +84,32 @@ def test_a_ragged_batch_is_answered_as_generate_answers(
             assert stats.preemptions > 0
         if schedule == "all at once":
             assert stats.prefix_hits > 0
+        assert_nothing_is_held(engine)
+    finally:
+        engine.close()
+
+
+def test_prompts_padded_to_the_sizes_of_graphs_are_answered_alike(
+    folder: Path, pictures: list[PixelBuffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA graphs of short prompts compute, at once: padding and all."""
+    monkeypatch.setattr(prefiller, "CONTEXT", 512)
+    engine = engine_for(folder, block_size=8, max_step_tokens=96, split_decodes=True)
+    runner = engine._runner
+    padded = prefiller.Prefiller(
+        engine._family, runner._cache, runner._kernels, axes=runner._axes, graphs=False
+    )
+    padded.warm_up(96)
+    runner.prefiller = padded
+    calls: list[int] = []
+    run = padded.run
+    monkeypatch.setattr(padded, "run", lambda *args: calls.append(1) or run(*args))
+    try:
+        for _ in range(2):
+            handles = [engine.submit(request) for request in batch(folder, pictures)]
+            answers = [finished(handle.result()).token_ids for handle in handles]
+            assert answers == expected(folder, pictures)
+        assert calls
         assert_nothing_is_held(engine)
     finally:
         engine.close()

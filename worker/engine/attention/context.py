@@ -21,7 +21,8 @@ class Decodes:
     lengths: torch.Tensor
     """``(B,)`` int32: tokens of each, the new one among them; at least 1."""
     bias: Any = None
-    """What a kernel has made of the two, for all layers."""
+    """What a kernel has made of the two tensors themselves, not of what is in them: in a CUDA graph
+    it stays, while their content changes."""
 
     @property
     def count(self) -> int:
@@ -77,5 +78,7 @@ class StepContext:
     """``(T,)`` int64: the row of a layer's cache into which each token's key and value go."""
     decodes: Decodes | None = None
     prefills: Prefills | None = None
+    scratch: Any = None
+    """What a kernel has made of the content of `decodes`, for all layers of this step."""
     calls: int = 0
     """Layers that have run."""

@@ -18,9 +18,9 @@ def decode(query: torch.Tensor, layer: int, step: StepContext, scale: float) -> 
     assert step.decodes is not None
     cache = step.cache
     keys, values = cache.layer(layer)
-    if step.decodes.bias is None:
-        step.decodes.bias = _bias(step.decodes, cache.pages_per_block, cache.block_size)
-    blocks, mask = step.decodes.bias
+    if step.scratch is None:
+        step.scratch = _blocks_and_mask(step.decodes, cache.pages_per_block, cache.block_size)
+    blocks, mask = step.scratch
     rows, heads, dim = query.shape
     kv_heads = keys.shape[2]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, dim)
@@ -34,7 +34,7 @@ def decode(query: torch.Tensor, layer: int, step: StepContext, scale: float) -> 
     return out.reshape(rows, heads, dim)
 
 
-def _bias(
+def _blocks_and_mask(
     decodes: Decodes, pages_per_block: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the blocks ``(B, width)``, and ``(B, 1, 1, width * block_size)`` bool: which of

@@ -101,6 +101,29 @@ def test_each_sequence_that_decodes_sees_its_own_tokens_and_no_others(
         assert error(made, wanted) < MOST_ERROR[query.dtype], kernels.name
 
 
+def test_a_step_sees_what_was_written_to_its_tables_since_the_one_before(cache: KVCache) -> None:
+    """CUDA graphs run on the same tensors again and again."""
+    device = cache.rows.device
+    query = random(cache, 2, HEADS, DIM)
+    for kernels in kernels_for(cache):
+        decodes = Decodes(
+            torch.zeros(2, 3, dtype=torch.int32, device=device),
+            torch.ones(2, dtype=torch.int32, device=device),
+        )
+        for tables, lengths in (
+            ([[3, 4, 5], [6, 7, 8]], [190, 70]),
+            ([[9, 1, 2], [3, 0, 0]], [66, 9]),
+        ):
+            decodes.tables.copy_(torch.tensor(tables) * cache.pages_per_block)
+            decodes.lengths.copy_(torch.tensor(lengths))
+            step = StepContext(cache, kernels, torch.empty(0), decodes=decodes)
+            made = kernels.decode(query, 1, step, SCALE)
+            wanted = [
+                written_out(query[i], *context(cache, 1, tables[i], lengths[i])) for i in (0, 1)
+            ]
+            assert error(made, wanted) < MOST_ERROR[query.dtype], kernels.name
+
+
 @pytest.mark.parametrize(
     "spans",
     [[(5, 5)], [(70, 70), (1, 1), (130, 130)], [(3, 100), (64, 64), (1, 65), (66, 200)]],
