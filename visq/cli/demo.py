@@ -245,12 +245,11 @@ def _missing_values(rows: Sequence[Shown], settings: Settings) -> int:
 
 def _print_report(report: Report, console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("picture", "question", "answer", "truth", ""):
+    for column in ("picture", "question", "answer", ""):
         table.add_column(column)
     for row in report.rows:
-        mark = "[green]right[/]" if row.is_right else "[red]wrong[/]"
-        cells = (row.picture, row.question, row.answer, row.truth)
-        table.add_row(*map(escape, cells), mark)
+        mark = "[green]right[/]" if row.is_right else f"[red]wrong: {escape(row.truth)}[/]"
+        table.add_row(*map(escape, (row.picture, row.question, row.answer)), mark)
     console.print()
     console.print(table)
     timings = Table.grid(padding=(0, 2))
