@@ -50,7 +50,7 @@ def draw(workload: str, jobs: int, *, round_number: int) -> list[Item]:
 
 def _items(first_seed: int, questions: int) -> Iterator[Item]:
     for seed in count(first_seed):
-        drawn = sample(seed, "shapes", questions=questions, most=4)
+        drawn = sample(seed, "shapes", questions=questions)
         if len(drawn.talks) < questions:
             continue  # there is too little to see
         buffer = io.BytesIO()

@@ -12,40 +12,50 @@ import json
 import os
 import shutil
 import tempfile
+from itertools import count
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText
 
 from .sampling import sample
-from .talk import Sample, Talk
+from .talk import Sample, Talk, Turn
 
-SAMPLE_SKILLS: tuple[tuple[str, str, int], ...] = (
-    ("shapes", "follow count", 2),
-    ("shapes", "count shape", 1),
-    ("shapes", "shape", 1),
-    ("shapes", "follow where", 2),
-    ("shapes", "exists", 1),
-    ("shapes", "relation", 1),
-    ("shapes", "largest", 1),
-    ("shapes", "describe", 2),
-    ("large", "describe", 1),
-    ("word", "read word", 4),
-    ("number", "read number", 2),
-    ("icons", "icon", 2),
-    ("icons", "icon colour", 1),
-    ("icons", "describe", 1),
-    ("bars", "bar tallest", 1),
-    ("bars", "bar value", 1),
-    ("bars", "bar taller", 1),
-    ("shapes", "absent", 1),
-    ("shapes", "unknown", 1),
-    ("noise", "nothing", 1),
+SAMPLE_SKILLS: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("shapes", ("count", "follow count"), 9),
+    ("shapes", ("describe",), 3),
+    ("shapes", ("count shape",), 7),
+    ("shapes", ("count colour",), 6),
+    ("shapes", ("shape", "follow where"), 4),
+    ("shapes", ("at",), 5),
+    ("shapes", ("relation",), 3),
+    ("shapes", ("beside",), 2),
+    ("shapes", ("largest",), 6),
+    ("shapes", ("exists",), 5),
+    ("shapes", ("more",), 9),
+    ("shapes", ("absent",), 4),
+    ("large", ("describe",), 3),
+    ("word", ("read word",), 4),
+    ("word", ("read word",), 6),
+    ("word", ("text colour",), 5),
+    ("number", ("read number",), 6),
+    ("icons", ("icon",), 1),
+    ("icons", ("describe",), 3),
+    ("icons", ("icon colour",), 4),
+    ("bars", ("bar tallest",), 4),
+    ("bars", ("bar value",), 6),
+    ("bars", ("bar taller",), 5),
+    ("shapes", ("unknown",), 1),
+    ("noise", ("nothing",), 0),
 )
-"""Kind of picture, skill and number of demo pictures.  The pictures are the first of their seeds,
-whatever the model says to them."""
+"""Kind of picture, skill of each turn, and the number of things (shapes, letters, bars) in each
+demo picture.  The pictures are the first of their seeds that fit, whatever the model says to them.
+"""
 
 FIRST_SAMPLE_SEED = 7_000_000
+SEEDS_A_SAMPLE = 1000
+QUESTION_CHARACTERS = 40
+"""So that the demo's table is not too wide."""
 
 
 def arguments() -> argparse.Namespace:
@@ -80,21 +90,18 @@ def write_folder(weights: dict[str, torch.Tensor], start: Path, to: Path) -> Non
             os.replace(file, to / file.name)
 
 
-def _find(kind: str, skill: str, nth: int) -> tuple[Sample, Talk]:
-    """The ``nth`` held-out sample of this kind that asks for this skill."""
-    seed = FIRST_SAMPLE_SEED
-    while True:
-        drawn = sample(seed, kind, held_out=True, usual_phrasing=True, questions=30, most=6)
-        turns = 2 if skill.startswith("follow") else 1
-        talk = next(
-            (t for t in drawn.talks if t[-1].skill == skill and len(t) == turns),
-            None,
-        )
-        if talk is not None:
-            if nth == 0:
+def _find(number: int, kind: str, skills: tuple[str, ...], things: int) -> tuple[Sample, Talk]:
+    """The first held-out sample of this kind that fits."""
+    for seed in count(FIRST_SAMPLE_SEED + number * SEEDS_A_SAMPLE):
+        drawn = sample(seed, kind, held_out=True, usual_phrasing=True, questions=30)
+        picture = drawn.pictures[0]
+        if max(len(picture.things), len(picture.bars)) != things:
+            continue
+        for talk in drawn.talks:
+            short = all(len(turn.question) <= QUESTION_CHARACTERS for turn in talk)
+            if short and tuple(turn.skill for turn in talk) == skills:
                 return drawn, talk
-            nth -= 1
-        seed += 1
+    raise AssertionError("there is no end of seeds")
 
 
 def export_samples(to: Path) -> None:
@@ -104,33 +111,19 @@ def export_samples(to: Path) -> None:
     for old in folder.glob("*.png"):
         old.unlink()
     entries: list[dict[str, object]] = []
-    used: set[bytes] = set()
-    for kind, skill, wanted in SAMPLE_SKILLS:
-        found = nth = 0
-        while found < wanted:
-            drawn, talk = _find(kind, skill, nth)
-            nth += 1
-            picture = drawn.images[0]
-            if picture.tobytes() in used:
-                continue
-            used.add(picture.tobytes())
-            file = f"{len(used):02d}-{kind}.png"
-            picture.quantize(64).save(folder / file, optimize=True)
-            entry: dict[str, object] = {
-                "file": file,
-                "question": talk[0].question,
-                "answer": talk[0].answer,
-                "skill": talk[0].skill,
-            }
-            if len(talk) > 1:
-                entry["follow_up"] = {
-                    "question": talk[1].question,
-                    "answer": talk[1].answer,
-                    "skill": talk[1].skill,
-                }
-            entries.append(entry)
-            found += 1
+    for number, (kind, skills, things) in enumerate(SAMPLE_SKILLS, 1):
+        drawn, (first, *then) = _find(number, kind, skills, things)
+        file = f"{number:02d}-{kind}.png"
+        drawn.images[0].quantize(64).save(folder / file, optimize=True)
+        entry: dict[str, object] = {"file": file, **_entry(first)}
+        if then:
+            entry["follow_up"] = _entry(then[0])
+        entries.append(entry)
     (folder / "samples.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def _entry(turn: Turn) -> dict[str, str]:
+    return {"question": turn.question, "answer": turn.answer, "skill": turn.skill}
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 def sample() -> Path:
-    """A picture with two objects."""
-    return SAMPLES / "02-shapes.png"
+    """A picture with nine shapes."""
+    return SAMPLES / "01-shapes.png"
 
 
 def pixels_in_memory() -> list[str]:

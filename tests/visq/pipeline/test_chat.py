@@ -14,7 +14,7 @@ from tests.visq.pipeline.test_infer import Watched
 from visq.pipeline import ChatTemplateConfig, GenerationConfig, Pipeline, RequestConflict, Session
 from visq.vl import load_image
 
-TALK = TRUTH["02-shapes.png"]
+TALK = TRUTH["01-shapes.png"]
 LONG = GenerationConfig(max_new_tokens=1500, ignore_eos=True)
 
 

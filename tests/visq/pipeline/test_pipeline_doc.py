@@ -42,9 +42,9 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (0, ["\n"]),
-        (1, ["\n2\n", "no such file.png is not a file"]),
-        (2, ["0 'I' None", "1 '' stop", "\n2\nyes\n", "ASSISTANT:"]),
+        (0, ["A gray star, a brown star, a purple triangle.\n"]),
+        (1, ["\n3\n", "no such file.png is not a file"]),
+        (2, ["0 'I' None", "1 '' stop", "\n3\nyes\n", "ASSISTANT:"]),
         (3, ["I don't know.\n"]),
     ],
 )
@@ -66,7 +66,7 @@ def test_the_remote_example_runs(
     monkeypatch.setenv("VISQ_URL", stack.url)
     monkeypatch.setenv("VISQ_API_KEY", stack.api_key)
     [program] = examples("example: remote")
-    assert run(program, capsys).endswith("['2', 'yes']\n")
+    assert run(program, capsys).endswith("['3', 'yes']\n")
 
 
 def test_the_table_of_fields_names_those_of_the_code() -> None:

@@ -23,7 +23,7 @@ from visq.vl import load_image
 
 pytestmark = pytest.mark.timeout(120)
 
-TALK = TRUTH["02-shapes.png"]
+TALK = TRUTH["01-shapes.png"]
 LONG = GenerationConfig(max_new_tokens=1500, ignore_eos=True)
 
 
@@ -83,7 +83,7 @@ def test_a_list_longer_than_a_batch_is_answered_in_order(
     remote: RemotePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BATCH_ITEMS", 3)
-    files = ["01-shapes.png", "02-shapes.png", "03-shapes.png", "05-shapes.png"]
+    files = ["01-shapes.png", "15-word.png", "19-icons.png", "22-bars.png"]
     prompts = [(TRUTH[file]["question"], SAMPLES / file) for file in files]
     responses = remote(prompts, use_tqdm=True)
     assert [each.text for each in responses] == [TRUTH[file]["answer"] for file in files]
@@ -196,9 +196,9 @@ def test_several_choices_come_back_and_the_answer_is_the_first(
     config = GenerationConfig(
         n=3, do_sample=True, temperature=2.0, random_seed=3, max_new_tokens=8, logprobs=logprobs
     )
-    whole = remote("Hello!", gen_config=config)
-    [single] = remote(["Hello!"], gen_config=config)
-    *pieces, last = remote.stream_infer("Hello!", gen_config=config)
+    whole = remote("Red or green?", gen_config=config)
+    [single] = remote(["Red or green?"], gen_config=config)
+    *pieces, last = remote.stream_infer("Red or green?", gen_config=config)
     assert [choice.choice for choice in whole.choices] == [0, 1, 2]
     texts = [choice.text for choice in whole.choices]
     assert len(set(texts)) > 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +20,8 @@ from worker.engine.face import EngineRequest
 from worker.engine.opening import LocalEngine, open_engine
 
 MOST_TOKENS = 12
+SAMPLES = SMALL_MODEL / "samples"
+ENTRIES = json.loads((SAMPLES / "samples.json").read_text())
 
 Plain = Callable[[list[Message], list[PixelBuffer]], list[int]]
 
@@ -105,6 +109,33 @@ def test_a_greedy_answer_is_that_of_generate(
         assert expected.pop() == processor.tokenizer.eos_token_id
     assert answer.token_ids == expected
     assert answer.text == processor.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_every_sample_is_answered_right(engine: LocalEngine) -> None:
+    wrong = []
+    for entry in ENTRIES:
+        with Image.open(SAMPLES / entry["file"]) as image:
+            shown = PixelBuffer.create(np.asarray(image.convert("RGB")), entry["file"])
+        messages: list[Message] = []
+        for number, turn in enumerate([entry, entry.get("follow_up")]):
+            if turn is None:
+                continue
+            messages.append(user(1 - number, turn["question"]))
+            request = EngineRequest(
+                entry["file"], list(messages), [shown], gen_config=GenerationConfig()
+            )
+            answer = finished(engine.submit(request).result())
+            messages.append(Message(role="assistant", content=answer.text))
+            if (answer.text, answer.finish_reason) != (turn["answer"], "stop"):
+                wrong.append((entry["file"], turn["question"], answer.text))
+        shown.release()
+    assert wrong == []
+
+
+def test_the_samples_show_every_kind_of_picture() -> None:
+    assert {entry["file"] for entry in ENTRIES} == {file.name for file in SAMPLES.glob("*.png")}
+    kinds = {entry["file"].partition("-")[2].removesuffix(".png") for entry in ENTRIES}
+    assert kinds == {"shapes", "large", "word", "number", "icons", "bars", "noise"}
 
 
 def test_it_takes_one_thread_so_that_a_busy_machine_does_not_make_it_wait(
