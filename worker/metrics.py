@@ -63,9 +63,7 @@ ENGINE: Final = (
     EngineMetric(
         "gauge", "host_kv_blocks", "host_blocks", "Blocks that the host's memory has room for."
     ),
-    EngineMetric(
-        "gauge", "host_kv_blocks_used", "host_used_blocks", "Blocks that are kept there."
-    ),
+    EngineMetric("gauge", "host_kv_blocks_used", "host_used_blocks", "Blocks that are kept there."),
     EngineMetric(
         "counter", "host_kv_hits", "host_hits", "Blocks that were copied back from there."
     ),

@@ -90,6 +90,9 @@ def load(config: EngineConfig) -> LoadedModel:
     if device.type == "cuda":
         # cuDNN builds a plan for each new length: 37-56 ms a step.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if dtype == torch.float32:
+            # Convolutions would be computed in TF32, with 10 bits after the point.
+            torch.backends.cudnn.allow_tf32 = False
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ SIZE = 64
 LAYERS = 3
 HEADS, KV_HEADS, DIM = 8, 2, 64
 SCALE = 0.11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_cudnn() -> Iterator[None]:
+    """As an engine does when it loads a model."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.fixture(params=PLACES, ids=[device for device, _ in PLACES])
