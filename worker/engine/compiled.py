@@ -26,8 +26,10 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
+from visq.errors import ConfigurationError
 from worker.engine.families.base import Family
 from worker.engine.loading import LoadedModel
+from worker.engine.toolchain import c_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,15 @@ class PatchProduct(nn.Module):
 
 def compile_model(loaded: LoadedModel, family: Family) -> None:
     """Prepare all layers of `loaded` to be compiled at their first call. After that, their linear
-    layers cannot be replaced."""
+    layers cannot be replaced.
+
+    :raises ConfigurationError: if there is no C compiler, which Triton needs.
+    """
+    if loaded.device.type == "cuda" and c_compiler() is None:
+        raise ConfigurationError(
+            "to compile the model's layers for CUDA, a C compiler is needed and none is there: "
+            "install gcc, name one in CC, or start with VISQ_EAGER_MODE=true, which is slower"
+        )
     torch._dynamo.config.recompile_limit = MOST_VARIANTS
     count = 0
     _replace_convolutions(loaded.model)

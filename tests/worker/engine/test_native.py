@@ -115,6 +115,24 @@ def test_prompts_padded_to_the_sizes_of_graphs_are_answered_alike(
         engine.close()
 
 
+def test_two_engines_in_one_process_answer_side_by_side(
+    internvl: Path, pictures: list[PixelBuffer]
+) -> None:
+    engines = [engine_for(internvl, block_size=8, max_step_tokens=16) for _ in range(2)]
+    try:
+        for _ in range(3):
+            handles = [
+                [engine.submit(request) for request in batch(internvl, pictures)]
+                for engine in engines
+            ]
+            for of_one in handles:
+                answers = [finished(handle.result()).token_ids for handle in of_one]
+                assert answers == expected(internvl, pictures)
+    finally:
+        for engine in engines:
+            engine.close()
+
+
 def test_cancelling_some_changes_nothing_for_the_others(
     folder: Path, pictures: list[PixelBuffer]
 ) -> None:

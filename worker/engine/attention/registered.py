@@ -8,6 +8,7 @@ code that was compiled for one step serves all.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -37,18 +38,23 @@ class UnsupportedAttention(Exception):  # noqa: N818  # named after what is the 
     """The model's attention has a feature that would be computed wrongly."""
 
 
-_step: StepContext | None = None
+class _Current(threading.local):
+    """Of each thread, since each engine in a process has one of its own."""
+
+    step: StepContext | None = None
+
+
+_current = _Current()
 
 
 @contextmanager
 def attending(step: StepContext) -> Iterator[None]:
-    """Inside, the decoder's layers attend as `step` says. One thread in a process at a time."""
-    global _step
-    before, _step = _step, step
+    """Inside, the decoder's layers that this thread runs attend as `step` says."""
+    before, _current.step = _current.step, step
     try:
         yield
     finally:
-        _step = before
+        _current.step = before
 
 
 def attention(
@@ -87,7 +93,7 @@ def _attend(
     :param pool: `KVCache.rows`, named so that whoever reorders operators knows what is changed.
     :returns: ``(T, heads, head_dim)``.
     """
-    step = _step
+    step = _current.step
     assert step is not None
     layer = step.calls
     step.calls += 1

@@ -11,6 +11,8 @@ from typing import Final
 
 import torch
 
+from worker.engine.toolchain import c_compiler
+
 WARPS: Final = 4
 
 
@@ -26,7 +28,7 @@ def store(
     :param keys, values: ``(rows, kv_heads, head_dim)``, contiguous: `KVCache.layer_rows`.
     :param rows: ``(T,)`` int64: where each token goes.
     """
-    if not key.is_cuda:
+    if not key.is_cuda or c_compiler() is None:
         keys.index_copy_(0, rows, key)
         values.index_copy_(0, rows, value)
         return
