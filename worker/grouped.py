@@ -73,6 +73,8 @@ class Grouped(Generic[A, R]):
         answers: Sequence[R | Exception]
         try:
             answers = self._together([argument for argument, _ in calls])
+            if len(answers) != len(calls):
+                raise RuntimeError(f"{len(calls)} calls have {len(answers)} answers")
         except Exception as error:  # noqa: BLE001 (it is raised where it was asked for)
             answers = [error] * len(calls)
         for (_, future), answer in zip(calls, answers, strict=True):

@@ -90,7 +90,9 @@ def engine_config(model_path: str, config: Any, log_level: str) -> EngineConfig:
 
     if isinstance(config, EngineConfig):
         return dataclasses.replace(config, model=model_path)
-    ours: dict[str, Any] = {"model": model_path, "log_level": log_level}
+    # No processes of its own: each would run the caller's script once more, if it lacks the usual
+    # ``if __name__ == "__main__"``.
+    ours: dict[str, Any] = {"model": model_path, "log_level": log_level, "preparers": 0}
     if config is None:
         return EngineConfig(**ours)
     if not isinstance(config, TurbomindEngineConfig | PytorchEngineConfig):

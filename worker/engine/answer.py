@@ -69,6 +69,12 @@ class Answer:
             return None
         return self._event(self._show(self._detokenizer.append(token_id)))
 
+    def held(self) -> TokenEvent | None:
+        """The event of tokens whose text was held back: the answer ends here, incomplete."""
+        if self._published == len(self.token_ids):
+            return None
+        return self._event(self._show(self._detokenizer.advance()))
+
     def finish(self) -> tuple[TokenEvent | None, Choice]:
         """End the answer; return the last token event, if something was held back, and the end."""
         rest = ""

@@ -86,7 +86,7 @@ def compile_model(loaded: LoadedModel, family: Family) -> None:
             "to compile the model's layers for CUDA, a C compiler is needed and none is there: "
             "install gcc, name one in CC, or start with VISQ_EAGER_MODE=true, which is slower"
         )
-    torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    raise_limits()
     count = 0
     _replace_convolutions(loaded.model)
     for layer in layers(loaded, family):
@@ -95,6 +95,13 @@ def compile_model(loaded: LoadedModel, family: Family) -> None:
         layer.forward = torch.compile(layer.forward, backend=merging, dynamic=True)
         count += 1
     logger.info("%d layers of the model %s will be compiled", count, loaded.name)
+
+
+def raise_limits() -> None:
+    """In each thread that runs compiled code: in newer versions of torch, each has its own limits.
+    Beyond them, a layer silently runs uncompiled."""
+    torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = 16 * MOST_VARIANTS
 
 
 def layers(loaded: LoadedModel, family: Family) -> Iterator[nn.Module]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.engine.attention import Decodes, Kernels, KVCache, StepContext, attending
+from worker.engine.attention import Decodes, Kernels, KVCache, StepContext, attending, sdpa
 from worker.engine.blocks import PADDING
 from worker.engine.families.base import Family
 from worker.engine.layout import Graphs, Layout, rounded
@@ -32,8 +32,13 @@ logger = logging.getLogger(__name__)
 
 COUNTS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 """Numbers of sequences for which graphs are made."""
+FEW_COUNTS: Final = (1, 4, 16, 64, 256, 512)
+"""The same for page tables that are wider than the narrowest: each graph takes up to a second."""
 WIDTHS: Final = (16, 64, 256, 1024, 4096)
 """Widths of page tables for which graphs are made: with blocks of 64 tokens, 1k to 256k tokens."""
+WARMED: Final = 2
+"""Of the widths, those whose graphs are made at the start. The others' are made when a sequence
+becomes that long, which holds up everybody for up to a second, at most once for each count."""
 
 
 @dataclass(slots=True)
@@ -76,10 +81,30 @@ class Decoder:
         self._pages = np.zeros((self._slots, 16), dtype=np.int32)
 
     @torch.inference_mode()
-    def warm_up(self, counts: Sequence[int], width: int) -> None:
-        """Make what steps of these sizes need; the largest first, so that all share its memory."""
-        for count in sorted(counts, reverse=True):
-            self._ready[count, width] = self._make(count, width)
+    def warm_up(self, most: int, longest: int) -> None:
+        """Make the graphs of steps of up to `most` sequences, each of up to `longest` tokens, as
+        far as they are made at the start; the largest first, so that all share its memory."""
+        widths = [width for width in WIDTHS[:WARMED] if width <= self._width(longest)]
+        for width in reversed(widths):
+            counts = {self._size(count, width)[0] for count in range(1, most + 1)}
+            for count in sorted(counts, reverse=True):
+                self._ready[count, width] = self._make(count, width)
+
+    def takes(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether it should run these: SDPA gathers all that a table has room for, so that wide
+        ones are left to steps that are made to measure."""
+        if self._graphs is None or self._kernels.decode is not sdpa.decode:
+            return True
+        return self._width(max(chunk.end for chunk in chunks)) <= WIDTHS[0]
+
+    def _width(self, tokens: int) -> int:
+        return -(-tokens // self._cache.block_size)
+
+    def _size(self, count: int, width: int) -> tuple[int, int]:
+        """Number of sequences and width of the graph for a step."""
+        width = rounded(width, WIDTHS) or width
+        counts = COUNTS if width == WIDTHS[0] else FEW_COUNTS
+        return rounded(count, counts) or -(-count // 256) * 256, width
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -88,10 +113,9 @@ class Decoder:
         They are valid until the next call.
         """
         count = len(chunks)
-        width = -(-max(chunk.end for chunk in chunks) // self._cache.block_size)
-        key = count, width
+        key = count, self._width(max(chunk.end for chunk in chunks))
         if self._graphs is not None:
-            key = rounded(count, COUNTS) or count, rounded(width, WIDTHS) or width
+            key = self._size(*key)
         ready = self._ready.get(key)
         if ready is None:
             ready = self._make(*key)

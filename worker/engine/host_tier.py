@@ -61,7 +61,8 @@ class HostTier:
         :param blocks: held ones, whose content is complete, in the order of a sequence.
         """
         new: list[tuple[int, int]] = []
-        for name, block in list(zip(hashes, blocks, strict=True))[: self.total]:
+        # The end of a sequence first: it is of no use without the beginning, so it goes before it.
+        for name, block in reversed(list(zip(hashes, blocks, strict=True))[: self.total]):
             if name in self._places:
                 self._places.move_to_end(name)
                 continue
@@ -108,7 +109,6 @@ class HostTier:
             if new is None:
                 break
             place = self._places[name]
-            self._places.move_to_end(name)
             # (In the order of the device's work: behind what was there before, and behind the copy
             # to this place, before whoever reads it.)
             if self._cuda:
@@ -116,5 +116,7 @@ class HostTier:
             self._cache.pool[new[0]].copy_(self._memory[place], non_blocking=True)
             self._pool.register(new[0], name)
             blocks += new
+        for name in reversed(found):
+            self._places.move_to_end(name)
         self.hits += len(blocks)
         return blocks

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-IN_FLIGHT: Final = 3
-"""Steps whose layout is in use at a time, at most: one that runs, one that waits, and a new one."""
+HOSTS: Final = 3
+"""Copies of a layout on the host: one whose step runs, one whose step waits, and a new one. The
+host waits for one only where it is further ahead than that."""
 
 ALIGNED: Final = 16
 """Each array begins at a multiple of so many bytes: kernels are compiled for that, or for less."""
@@ -29,6 +30,8 @@ Fields = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 class _Memory:
     whole: torch.Tensor
     arrays: dict[str, torch.Tensor]
+    read: Any = None
+    """On the host: a CUDA event, when the device has read what was written here last."""
 
     @classmethod
     def make(cls, fields: Fields, device: torch.device, *, pinned: bool) -> _Memory:
@@ -55,7 +58,7 @@ class Layout:
         hosts = [self._device]
         if device.type != "cpu":
             cpu = torch.device("cpu")
-            hosts = [_Memory.make(fields, cpu, pinned=True) for _ in range(IN_FLIGHT)]
+            hosts = [_Memory.make(fields, cpu, pinned=True) for _ in range(HOSTS)]
         self._hosts = cycle(hosts)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -65,9 +68,13 @@ class Layout:
     def send(self, fill: Callable[[dict[str, NDArray[Any]]], None]) -> None:
         """Let `fill` write all arrays, then copy them to the device, without waiting for it."""
         host = next(self._hosts)
+        if host.read is not None:
+            host.read.synchronize()
         fill({name: np.asarray(array) for name, array in host.arrays.items()})
         if host is not self._device:
             self._device.whole.copy_(host.whole, non_blocking=True)
+            host.read = host.read or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            host.read.record()
 
 
 class Graphs:

@@ -30,7 +30,7 @@ from worker.engine.adapters import Adapters
 from worker.engine.attention import NAME, choose
 from worker.engine.blocks import BlockPool
 from worker.engine.collecting import Collector, keep_prompt_logits
-from worker.engine.compiled import compile_model
+from worker.engine.compiled import compile_model, raise_limits
 from worker.engine.config import EngineConfig
 from worker.engine.face import (
     EngineInfo,
@@ -97,29 +97,19 @@ class NativeEngine:
             prefix_caching=config.prefix_caching,
             tier=self._tier,
         )
-        slots = sizes.limits.max_sequences
-        self._sampler = Sampler(loaded.vocab_size, slots, loaded.device)
+        self._sampler = Sampler(loaded.vocab_size, sizes.limits.max_sequences, loaded.device)
         family.decoder.config._attn_implementation = NAME
         self._adapters = Adapters(loaded, family, config.adapters, nbytes=sizes.adapter_bytes)
         if config.preload_adapters:
             self._adapters.preload()
-        preparers = Preparers.beside(config, loaded, family)  # they load meanwhile
-        self._runner = Runner(
-            family,
-            self._cache,
-            choose(self._cache, sizes.shape.heads),
-            self._sampler,
-            self._vision,
-            routing=self._adapters.routing,
-            slots=slots,
-            axes=family.positions([0], [])[0].shape[0],
-            device=loaded.device,
-            split=cuda if config.split_decodes is None else config.split_decodes,
-            graphs=cuda and not config.eager_mode,
-        )
         self._overlap = cuda if config.overlap is None else config.overlap
-        if cuda:
-            warm_up(self._runner, family, sizes.limits)
+        preparers = Preparers.beside(config, loaded, family)  # they load meanwhile
+        try:
+            self._runner = self._make_runner(config)
+        except BaseException:
+            if preparers is not None:
+                preparers.close()
+            raise
         self._counters = Counters()
         self._collector = Collector(self._counters, self._scheduler.add)
         self._running: dict[Task, Running] = {}
@@ -143,6 +133,27 @@ class NativeEngine:
         )
         self._thread = threading.Thread(target=self._run, name="visq-engine", daemon=True)
         self._thread.start()
+
+    def _make_runner(self, config: EngineConfig) -> Runner:
+        """The runner, warmed up on CUDA."""
+        loaded, sizes = self._loaded, self._sizes
+        cuda = loaded.device.type == "cuda"
+        runner = Runner(
+            self._family,
+            self._cache,
+            choose(self._cache, sizes.shape.heads),
+            self._sampler,
+            self._vision,
+            routing=self._adapters.routing,
+            slots=sizes.limits.max_sequences,
+            axes=self._family.positions([0], [])[0].shape[0],
+            device=loaded.device,
+            split=cuda if config.split_decodes is None else config.split_decodes,
+            graphs=cuda and not config.eager_mode,
+        )
+        if cuda:
+            warm_up(runner, self._family, sizes.limits, sizes.max_context)
+        return runner
 
     # --- the face ----------------------------------------------------------------------------
 
@@ -209,6 +220,7 @@ class NativeEngine:
     # --- the loop ----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        raise_limits()
         before: Launched | None = None
         try:
             while not self.ended.is_set():
@@ -317,7 +329,10 @@ class NativeEngine:
             if sequence.slot >= 0:
                 running, generation = self._owners[sequence]
                 with self._failing(running):
-                    self._sampler.begin(sequence.slot, generation.params, generation.generated_ids)
+                    generated = generation.generated_ids
+                    self._sampler.begin(sequence.slot, generation.params, generated)
+                    if generated:
+                        self._runner.resume(sequence.slot, generated[-1])
 
     def _launch(self, step: Step) -> Launched | None:
         try:
@@ -357,11 +372,14 @@ class NativeEngine:
 
     def _fail(self, step: Step, error: VisqError) -> None:
         for chunk in step.chunks:
-            self._end_request(self._owners[chunk.sequence][0], Failed(error))
+            if chunk.sequence in self._owners:
+                self._end_request(self._owners[chunk.sequence][0], Failed(error))
 
     def _rows(self, step: Step) -> list[SampleRow] | None:
         """How the step's tokens are sampled (``None``: all of them are plain); a request that
         cannot say so leaves the step."""
+        if any(chunk.sequence.ended for chunk in step.chunks):
+            step.keep(lambda chunk: not chunk.sequence.ended)  # it failed when it got its slot
         if all(self._owners[chunk.sequence][1].plain for chunk in step.chunks):
             return None
         rows: dict[Sequence, SampleRow] = {}
@@ -377,6 +395,8 @@ class NativeEngine:
 
     def _finish(self, launched: Launched) -> None:
         """Wait for a launched step and hand out its tokens."""
+        if launched.ran is not None:
+            launched.ran.synchronize()  # also of a step without tokens, or the host runs away
         tokens: list[int] = launched.tokens.wait().tolist() if launched.tokens else []
         logprobs: dict[int, Logprobs] = {}
         failed: Mapping[int, Exception] = {}
@@ -441,6 +461,10 @@ class NativeEngine:
         """Publish the outcome and give everything back."""
         if self._running.pop(running.task, None) is None:
             return  # it has ended already
+        if isinstance(outcome, Stopped):
+            for generation in running.generations:
+                if generation.choice is None and (event := generation.answer.held()) is not None:
+                    running.task.handle.publish(event)
         for generation in running.generations:
             sequence = generation.sequence
             sequence.ended = True

@@ -117,6 +117,7 @@ class Prefiller:
         count = len(embeddings)
         ready.layout.send(lambda arrays: self._fill(arrays, positions, places))
         ready.embeddings[:count] = embeddings
+        ready.embeddings[count:].zero_()  # what was there before may have been NaN
         return ready.run()[:count]
 
     @staticmethod

@@ -191,6 +191,10 @@ class Preparers:
             return False
         except VisqError as error:
             job.made.set_exception(error)
+        except BaseException as error:  # no descriptors, no memory to map: somebody waits for this
+            logger.exception("a prepared picture cannot be taken over")
+            job.made.set_exception(EngineCrashed(f"a picture could not be prepared: {error}"))
+            return False
         return True
 
     def _leave_to_callers(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class Launched:
     step: Step
     sampling: list[Sequence]
     """The sequences that get a token, in the order of the rows of what follows."""
+    ran: Any = None
+    """A CUDA event behind all of its work."""
     tokens: OnHost | None = None
     """``(len(sampling),)`` int64, if there are any."""
     sampled: Sampled | None = None
@@ -160,10 +163,13 @@ class Runner:
         """
         self._clear_begun(step)
         decodes, prefills = step.decodes, step.prefills
-        alone = decodes and self.decoder is not None and not any(map(_has_adapter, decodes))
         hidden: list[torch.Tensor] = []
-        if alone:
-            assert self.decoder is not None
+        if (
+            decodes
+            and self.decoder is not None
+            and self.decoder.takes(decodes)
+            and not any(map(_has_adapter, decodes))
+        ):
             hidden.append(self.decoder.run(decodes))
             decodes = []
         launched = Launched(step, [chunk.sequence for chunk in step.chunks if chunk.samples])
@@ -171,7 +177,15 @@ class Runner:
             hidden.append(self._forward(decodes, prefills, launched))
         if launched.sampling:
             self._sample(launched, hidden, rows, keep_logits=keep_logits)
+        if self._device.type == "cuda":
+            launched.ran = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            launched.ran.record()
         return launched
+
+    @torch.inference_mode()
+    def resume(self, slot: int, token: int) -> None:
+        """`slot` belongs to a sequence now whose newest token, `token`, was sampled elsewhere."""
+        self._last_tokens[slot].fill_(token)
 
     def _forward(
         self, decodes: list[Chunk], prefills: list[Chunk], launched: Launched
@@ -239,8 +253,10 @@ class Runner:
             tokens = launched.sampled.token_ids
             if launched.sampled.logprobs is not None:
                 launched.logprobs = OnHost(launched.sampled.logprobs)
-        self._last_tokens[self._to_device(np.array(slots))] = tokens
+        at = self._to_device(np.array(slots))
         launched.tokens = OnHost(tokens)
+        # Last, since a step that fails before is computed once more, after the same tokens.
+        self._last_tokens[at] = tokens
 
     def _logits(
         self, hidden: torch.Tensor, rows: ListLike[tuple[Adapter | None, int]]

@@ -43,6 +43,10 @@ class Detokenizer:
         self._ids.append(token_id)
         return self._advance(final=False)
 
+    def advance(self) -> str:
+        """Return the text of tokens that were only added, as far as it is certain."""
+        return self._advance(final=False)
+
     def flush(self) -> str:
         """Return what was held back, finished or not."""
         return self._advance(final=True)

@@ -1,4 +1,5 @@
-"""What an engine does on CUDA before its first request, so that none has to wait for it."""
+"""What an engine does on CUDA before its first request, so that hardly any has to wait for it: only
+graphs for contexts beyond 4,096 tokens are made when the first one comes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from typing import Final
 import numpy as np
 import torch
 
-from worker.engine.decoder import COUNTS, WIDTHS
 from worker.engine.families.base import Family
 from worker.engine.runner import Runner
 from worker.engine.scheduler import Limits
@@ -22,7 +22,7 @@ SIDE: Final = 448
 """Of the picture that is encoded, in pixels."""
 
 
-def warm_up(runner: Runner, family: Family, limits: Limits) -> None:
+def warm_up(runner: Runner, family: Family, limits: Limits, max_context: int) -> None:
     """Compile and capture, and say so: the first start on a machine takes a minute or two, later
     ones find the compiled code (``TORCHINDUCTOR_CACHE_DIR``, ``TRITON_CACHE_DIR``)."""
     with _told("the decoder: prompts"):
@@ -39,8 +39,7 @@ def warm_up(runner: Runner, family: Family, limits: Limits) -> None:
             runner.prefiller.warm_up(limits.max_step_tokens)
     if runner.decoder is not None:
         with _told("the decoder: CUDA graphs for single tokens"):
-            counts = [count for count in COUNTS if count < limits.max_sequences]
-            runner.decoder.warm_up([*counts, limits.max_sequences], WIDTHS[0])
+            runner.decoder.warm_up(limits.max_sequences, max_context)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ Configs = TurbomindEngineConfig | PytorchEngineConfig
     ],
 )
 def test_a_field_of_lmdeploy_becomes_ours(config: Configs | None, ours: dict[str, Any]) -> None:
-    expected = EngineConfig(model="small", log_level="INFO", **ours)
+    expected = EngineConfig(model="small", log_level="INFO", preparers=0, **ours)
     assert engine_config("small", config, "INFO") == expected
 
 

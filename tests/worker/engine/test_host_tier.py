@@ -69,8 +69,21 @@ def test_what_was_unused_for_longest_goes_first() -> None:
     pool.release(host.match(names(1)))
     host.keep(names(4), blocks[3:])
     assert host.used == 3
-    assert host.match(names(2)) == []
+    assert host.match(names(3)) == []
     assert len(host.match(names(1))) == len(host.match(names(4))) == 1
+
+
+def test_of_a_session_the_end_goes_before_the_beginning() -> None:
+    host, pool, _ = tier(6)
+    blocks = pool.allocate(8)
+    assert blocks is not None
+    host.keep(names(1, 2, 3, 4), blocks[:4])
+    host.keep(names(11, 12, 13, 14), blocks[4:])
+    pool.release(blocks)
+    found = host.match(names(1, 2, 3, 4))
+    assert len(found) == 2, "without its beginning, nothing else of it would be of use"
+    pool.release(found)
+    assert len(host.match(names(11, 12, 13, 14))) == 4
 
 
 def test_no_more_is_copied_back_than_there_are_blocks_for() -> None:

@@ -237,6 +237,24 @@ def test_one_that_is_killed_while_it_waits_fails_nothing(
     until(lambda: preparers.ready and preparers.pids != [pid], START, "a new process")
 
 
+def test_a_picture_that_cannot_be_taken_over_fails_its_request_and_no_other(
+    engine: NativeEngine, pictures: list[PixelBuffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be no descriptor for it, or no more room for mappings."""
+    preparers = preparers_of(engine)
+    until(lambda: preparers.ready == preparers.count, START, "the processes")
+
+    def exhausted(fd: int, places: object) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("unable to mmap: Cannot allocate memory")
+
+    monkeypatch.setattr(preparing, "mapped", exhausted)
+    with pytest.raises(EngineCrashed, match="Cannot allocate memory"):
+        preparers.prepare(pictures[0])
+    until(lambda: preparers.ready == preparers.count, START, "another process")
+    assert preparers.prepare(pictures[0]) is not None
+
+
 def test_one_that_hangs_is_replaced(
     engine: NativeEngine,
     picture: Callable[[int], PixelBuffer],

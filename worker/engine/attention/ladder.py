@@ -53,8 +53,8 @@ def choose(cache: KVCache, heads: int) -> Kernels:
 def _proven(kernels: Kernels, otherwise: Kernels, cache: KVCache, heads: int) -> Kernels:
     try:
         error = difference(kernels, cache, heads)
-    except torch.AcceleratorError:
-        raise  # CUDA is unusable from here on
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise  # the kernel is not at fault
     except Exception as problem:  # noqa: BLE001  (a stranger's code: a missing library, a compiler)
         _refuse(kernels.name, repr(problem))
         return otherwise
