@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-import redis
 import structlog
 
 from models.outcomes import Claim

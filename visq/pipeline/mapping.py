@@ -88,10 +88,10 @@ def engine_config(model_path: str, config: Any, log_level: str) -> EngineConfig:
     rooms.mount(guest=True)
     from worker.engine.config import EngineConfig
 
+    # Processes of its own would each run the caller's script once more, if it lacks the usual
+    # ``if __name__ == "__main__"``: only who asks for them gets them.
     if isinstance(config, EngineConfig):
-        return dataclasses.replace(config, model=model_path)
-    # No processes of its own: each would run the caller's script once more, if it lacks the usual
-    # ``if __name__ == "__main__"``.
+        return dataclasses.replace(config, model=model_path, preparers=config.preparers or 0)
     ours: dict[str, Any] = {"model": model_path, "log_level": log_level, "preparers": 0}
     if config is None:
         return EngineConfig(**ours)

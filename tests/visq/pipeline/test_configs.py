@@ -75,7 +75,10 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(config: Configs) -> 
 
 def test_our_own_config_is_taken_as_it_is_with_the_model_that_was_asked_for() -> None:
     own = EngineConfig(model="other", device="cpu", threads=2)
-    assert engine_config("small", own, "INFO") == dataclasses.replace(own, model="small")
+    taken = engine_config("small", own, "INFO")
+    assert taken == dataclasses.replace(own, model="small", preparers=0)
+    asked = dataclasses.replace(own, preparers=2)
+    assert engine_config("small", asked, "INFO").preparers == 2
 
 
 def test_something_else_is_no_config() -> None:
