@@ -26,11 +26,9 @@ from typing import Final
 import torch
 
 from visq.errors import EngineCrashed, EngineError, VisqError
-from worker.engine.adapters import Adapters
-from worker.engine.attention import NAME, choose
-from worker.engine.blocks import BlockPool
+from worker.engine.assembly import assemble
 from worker.engine.collecting import Collector, keep_prompt_logits
-from worker.engine.compiled import compile_model, raise_limits
+from worker.engine.compiled import raise_limits
 from worker.engine.config import EngineConfig
 from worker.engine.face import (
     EngineInfo,
@@ -44,19 +42,14 @@ from worker.engine.face import (
 )
 from worker.engine.families.base import Family, PreparedImage
 from worker.engine.generation import Generation
-from worker.engine.host_tier import HostTier
 from worker.engine.intake import Intake, Running
 from worker.engine.lanes import Task
 from worker.engine.loading import LoadedModel
-from worker.engine.preparing import Preparers
-from worker.engine.runner import Launched, Runner
-from worker.engine.sampler import Sampler, SampleRow
-from worker.engine.scheduler import Scheduler, Step
+from worker.engine.runner import Launched
+from worker.engine.sampler import SampleRow
+from worker.engine.scheduler import Step
 from worker.engine.sequence import ImageSpan, Sequence
-from worker.engine.sizes import Sizes
 from worker.engine.stats import Counters, EngineStats
-from worker.engine.vision import VisionCache
-from worker.engine.warming import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -78,38 +71,18 @@ class NativeEngine:
     def __init__(self, loaded: LoadedModel, family: Family, config: EngineConfig) -> None:
         self._loaded = loaded
         self._family = family
-        cuda = loaded.device.type == "cuda"
-        compiled = cuda and not config.eager_mode if config.compile is None else config.compile
-        if compiled and not config.adapters:
-            compile_model(loaded, family)
-        sizes = Sizes(loaded, config)
-        self._sizes = sizes
-        self._pool = BlockPool(sizes.blocks)
-        self._cache = sizes.cache()
-        self._vision = VisionCache(sizes.vision_cache_bytes)
-        self._tier: HostTier | None = None
-        if sizes.host_cache_bytes and config.prefix_caching:
-            self._tier = HostTier(self._cache, self._pool, sizes.host_cache_bytes)
-        self._scheduler = Scheduler(
-            sizes.limits,
-            self._pool,
-            self._vision,
-            prefix_caching=config.prefix_caching,
-            tier=self._tier,
-        )
-        self._sampler = Sampler(loaded.vocab_size, sizes.limits.max_sequences, loaded.device)
-        family.decoder.config._attn_implementation = NAME
-        self._adapters = Adapters(loaded, family, config.adapters, nbytes=sizes.adapter_bytes)
-        if config.preload_adapters:
-            self._adapters.preload()
-        self._overlap = cuda if config.overlap is None else config.overlap
-        preparers = Preparers.beside(config, loaded, family)  # they load meanwhile
-        try:
-            self._runner = self._make_runner(config)
-        except BaseException:
-            if preparers is not None:
-                preparers.close()
-            raise
+        parts = assemble(loaded, family, config)
+        self._sizes = parts.sizes
+        self._pool = parts.pool
+        self._cache = parts.cache
+        self._vision = parts.vision
+        self._tier = parts.tier
+        self._scheduler = parts.scheduler
+        self._sampler = parts.sampler
+        self._adapters = parts.adapters
+        self._runner = parts.runner
+        on_cuda = loaded.device.type == "cuda"
+        self._overlap = on_cuda if config.overlap is None else config.overlap
         self._counters = Counters()
         self._collector = Collector(self._counters, self._scheduler.add)
         self._running: dict[Task, Running] = {}
@@ -126,34 +99,13 @@ class NativeEngine:
             family,
             self._adapters,
             self._deliver,
-            max_context=sizes.max_context,
+            max_context=self._sizes.max_context,
             prepared_bytes=config.prepared_bytes,
             is_cached=self._vision.__contains__,
-            preparers=preparers,
+            preparers=parts.preparers,
         )
         self._thread = threading.Thread(target=self._run, name="visq-engine", daemon=True)
         self._thread.start()
-
-    def _make_runner(self, config: EngineConfig) -> Runner:
-        """The runner, warmed up on CUDA."""
-        loaded, sizes = self._loaded, self._sizes
-        cuda = loaded.device.type == "cuda"
-        runner = Runner(
-            self._family,
-            self._cache,
-            choose(self._cache, sizes.shape.heads),
-            self._sampler,
-            self._vision,
-            routing=self._adapters.routing,
-            slots=sizes.limits.max_sequences,
-            axes=self._family.positions([0], [])[0].shape[0],
-            device=loaded.device,
-            split=cuda if config.split_decodes is None else config.split_decodes,
-            graphs=cuda and not config.eager_mode,
-        )
-        if cuda:
-            warm_up(runner, self._family, sizes.limits, sizes.max_context)
-        return runner
 
     # --- the face ----------------------------------------------------------------------------
 
