@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.engine.attention import Decodes, Kernels, KVCache, StepContext, attending, sdpa
+from worker.engine.attention import Decodes, Kernels, KVCache, StepContext, sdpa
 from worker.engine.blocks import PADDING
 from worker.engine.families.base import Family
+from worker.engine.forward import hidden_states
 from worker.engine.layout import Graphs, Layout, rounded
 from worker.engine.scheduler import Chunk
 
@@ -189,12 +190,4 @@ class Decoder:
         step = StepContext(self._cache, self._kernels, layout["rows"], decodes=decodes)
         embeddings = self._family.embed_tokens(self._last_tokens[layout["slots"]])
         positions = layout["positions"].expand(self._axes, -1)
-        with attending(step):
-            hidden: torch.Tensor = self._family.decoder(
-                inputs_embeds=embeddings.unsqueeze(0),
-                use_cache=False,
-                attention_mask=None,
-                visq=step,
-                **self._family.decoder_kwargs(positions, []),
-            ).last_hidden_state[0]
-        return hidden
+        return hidden_states(self._family, embeddings, positions, step)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.engine.attention import Kernels, KVCache, Prefills, StepContext, attending
+from worker.engine.attention import Kernels, KVCache, Prefills, StepContext
 from worker.engine.families.base import Family
+from worker.engine.forward import hidden_states
 from worker.engine.layout import Graphs, Layout, rounded
 
 logger = logging.getLogger(__name__)
@@ -182,12 +183,4 @@ class Prefiller:
             ]
         prefills = Prefills(spans, layout["context"] if context else None, cu_new, cu_context)
         step = StepContext(self._cache, self._kernels, layout["rows"], prefills=prefills)
-        with attending(step):
-            hidden: torch.Tensor = self._family.decoder(
-                inputs_embeds=embeddings.unsqueeze(0),
-                use_cache=False,
-                attention_mask=None,
-                visq=step,
-                **self._family.decoder_kwargs(layout["positions"], []),
-            ).last_hidden_state[0]
-        return hidden
+        return hidden_states(self._family, embeddings, layout["positions"], step)

@@ -11,9 +11,10 @@ from typing import Final
 
 import torch
 
-from worker.engine.attention import NAME, Decodes, KVCache, Prefills, StepContext, attending
+from worker.engine.attention import NAME, Decodes, KVCache, Prefills, StepContext
 from worker.engine.attention.sdpa import KERNELS
 from worker.engine.families.base import Family
+from worker.engine.forward import hidden_states
 from worker.engine.loading import LoadedModel
 from worker.engine.sizes import Shape
 
@@ -54,14 +55,7 @@ def _run(family: Family, context: StepContext, device: torch.device) -> None:
     token_ids = list(range(TOKENS))
     positions, _ = family.positions(token_ids, [])
     embeddings = family.embed_tokens(torch.tensor(token_ids, device=device))
-    with attending(context):
-        family.decoder(
-            inputs_embeds=embeddings.unsqueeze(0),
-            use_cache=False,
-            attention_mask=None,
-            visq=context,
-            **family.decoder_kwargs(positions.to(device), []),
-        )
+    hidden_states(family, embeddings, positions.to(device), context)
 
 
 def _context(cache: KVCache) -> StepContext:

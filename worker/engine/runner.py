@@ -21,12 +21,12 @@ from worker.engine.attention import (
     KVCache,
     Prefills,
     StepContext,
-    attending,
     flash,
 )
 from worker.engine.blocks import PADDING
 from worker.engine.decoder import Decoder
 from worker.engine.families.base import Family, ImageFeatures
+from worker.engine.forward import hidden_states
 from worker.engine.prefiller import Places, Prefiller
 from worker.engine.sampler import Sampled, Sampler, SampleRow
 from worker.engine.scheduler import Chunk, Step
@@ -205,20 +205,14 @@ class Runner:
         positions = _positions(decodes, prefills)
         places = self._places(prefills, first=len(decodes))
         rows_of = [(chunk.sequence.adapter, chunk.end - chunk.start) for chunk in chunks]
-        kwargs = self._family.decoder_kwargs
         if self._takes(decodes, prefills, places, visual):
             assert self.prefiller is not None
             hidden = self.prefiller.run(embeddings, positions, places)
         else:
             context = self._context(decodes, places)
-            with self._routing.of(rows_of), attending(context):
-                hidden = self._family.decoder(
-                    inputs_embeds=embeddings.unsqueeze(0),
-                    use_cache=False,
-                    attention_mask=None,
-                    visq=context,
-                    **kwargs(self._to_device(positions), visual),
-                ).last_hidden_state[0]
+            on_device = self._to_device(positions)
+            with self._routing.of(rows_of):
+                hidden = hidden_states(self._family, embeddings, on_device, context, visual)
         last_rows = []
         row = 0
         for chunk in chunks:
