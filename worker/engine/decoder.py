@@ -13,6 +13,7 @@ Without graphs (on the CPU, in tests) the very same code runs at once, unrounded
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,9 @@ class Decoder:
         self._slots = len(last_tokens) - 1
         self._axes = axes
         self._graphs = Graphs(self._device) if graphs else None
+        # SDPA gathers all that a table has room for: with it, wide tables are left to steps that
+        # are made to measure.
+        self._widest = WIDTHS[0] if graphs and kernels.decode is sdpa.decode else sys.maxsize
         self._ready: dict[tuple[int, int], _Ready] = {}
         self._pages = np.zeros((self._slots, 16), dtype=np.int32)
 
@@ -85,18 +89,16 @@ class Decoder:
     def warm_up(self, most: int, longest: int) -> None:
         """Make the graphs of steps of up to `most` sequences, each of up to `longest` tokens, as
         far as they are made at the start; the largest first, so that all share its memory."""
-        widths = [width for width in WIDTHS[:WARMED] if width <= self._width(longest)]
-        for width in reversed(widths):
+        needed = min(self._width(longest), self._widest)
+        covering = rounded(needed, WIDTHS) or needed
+        for width in reversed([width for width in WIDTHS[:WARMED] if width <= covering]):
             counts = {self._size(count, width)[0] for count in range(1, most + 1)}
             for count in sorted(counts, reverse=True):
                 self._ready[count, width] = self._make(count, width)
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether it should run these: SDPA gathers all that a table has room for, so that wide
-        ones are left to steps that are made to measure."""
-        if self._graphs is None or self._kernels.decode is not sdpa.decode:
-            return True
-        return self._width(max(chunk.end for chunk in chunks)) <= WIDTHS[0]
+        """Whether it should run these."""
+        return self._width(max(chunk.end for chunk in chunks)) <= self._widest
 
     def _width(self, tokens: int) -> int:
         return -(-tokens // self._cache.block_size)

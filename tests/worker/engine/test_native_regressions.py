@@ -116,3 +116,20 @@ def test_what_was_generated_before_a_cancel_has_been_told(
         assert told() == generated
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "widths"), [(3, {16}), (16, {16}), (17, {16, 64}), (64, {16, 64}), (500, {16, 64})]
+)
+def test_what_is_made_at_the_start_covers_the_contexts_that_a_model_has(
+    text_model: Path, blocks: int, widths: set[int]
+) -> None:
+    engine = engine_for(text_model, split_decodes=True)
+    try:
+        decoder = engine._runner.decoder
+        assert decoder is not None
+        decoder.warm_up(5, blocks * engine._cache.block_size)
+        assert {width for _, width in decoder._ready} == widths
+        assert {count for count, width in decoder._ready if width == 16} == {1, 2, 4, 8}
+    finally:
+        engine.close()
