@@ -40,9 +40,8 @@ Values = Mapping[str, Any]
 
 def measure(
     systems: Sequence[str], folder: Path, args: argparse.Namespace, device: str
-) -> dict[str, Values]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each system in a process of its own; one that fails is left out, with a word."""
-    found: dict[str, Values] = {}
     for system in systems:
         out = folder / "measured.json"
         out.unlink(missing_ok=True)
@@ -54,8 +53,7 @@ def measure(
         if done.returncode or not out.exists():
             print(f"{system} FAILED (exit status {done.returncode}): left out", flush=True)
             continue
-        found[system] = json.loads(out.read_text())
-    return found
+        yield system, json.loads(out.read_text())
 
 
 def tables(found: Mapping[str, Values], load: Load, floor: Floor) -> str:
@@ -220,7 +218,19 @@ def main() -> None:
             print(f"made the model in {time.perf_counter() - start:.0f} s", flush=True)
         limits = ceilings(device)
         floor = Floor(Costs.of(model.skeleton(folder)), limits)
-        found = measure(_systems(args), folder, args, device)
+        found: dict[str, Values] = {}
+        for system, values in measure(_systems(args), folder, args, device):
+            found[system] = values
+            _write(args, where, limits, floor, found)  # so that no later one can lose it
+
+
+def _write(
+    args: argparse.Namespace,
+    where: Mapping[str, Any],
+    limits: Ceilings,
+    floor: Floor,
+    found: Mapping[str, Values],
+) -> None:
     load = LOADS[args.size]
     text = (
         f"# Engines beside each other and the floor, model of size {args.size}\n\n"
@@ -229,13 +239,21 @@ def main() -> None:
         f"Random weights; pictures of {load.image_side} x {load.image_side} pixels, decoded.\n\n"
         + tables(found, load, floor)
     )
-    print("\n" + text)
-    for values in found.values():
-        for key in ("images", "texts"):
-            for each in values.get(key, []):
-                del each["answers"]
-    stored = {"conditions": where, "ceilings": vars(limits), "systems": found}
-    print(write(args.name or f"engine-{args.size}", args.results, text, stored))
+    print("\n" + text, flush=True)
+    stored = {"conditions": where, "ceilings": vars(limits), "systems": _without_answers(found)}
+    print(write(args.name or f"engine-{args.size}", args.results, text, stored), flush=True)
+
+
+def _without_answers(found: Mapping[str, Values]) -> dict[str, Values]:
+    return {
+        system: {
+            key: [{k: v for k, v in each.items() if k != "answers"} for each in value]
+            if key in ("images", "texts")
+            else value
+            for key, value in values.items()
+        }
+        for system, values in found.items()
+    }
 
 
 def _arguments() -> argparse.Namespace:
