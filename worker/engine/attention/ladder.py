@@ -27,7 +27,8 @@ MOST_ERROR: Final = 2e-2
 
 
 def choose(cache: KVCache, heads: int) -> Kernels:
-    """The kernels for a decoder with this cache. Its last block is written to.
+    """The kernels for a decoder with this cache. Its blocks 0, 1 and the last one are
+    written to, and cleared.
 
     :param heads: of queries.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,15 +27,6 @@ HEADS, KV_HEADS, DIM = 8, 2, 64
 SCALE = 0.11
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_cudnn() -> Iterator[None]:
-    """As an engine does when it loads a model."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    yield
-    torch.backends.cuda.enable_cudnn_sdp(before)
-
-
 @pytest.fixture(params=PLACES, ids=[device for device, _ in PLACES])
 def cache(request: pytest.FixtureRequest) -> KVCache:
     device, dtype = request.param
@@ -54,8 +44,12 @@ def cache(request: pytest.FixtureRequest) -> KVCache:
     return made
 
 
-def kernels_for(cache: KVCache) -> list[Kernels]:
+@pytest.fixture
+def all_kernels(cache: KVCache) -> list[Kernels]:
+    """Those that run on the device. The choice tries them on some blocks of the cache, which it
+    clears: it is filled again."""
     chosen = choose_kernels(cache, HEADS)
+    cache.pool.normal_()
     return [sdpa.KERNELS] if chosen is sdpa.KERNELS else [sdpa.KERNELS, chosen]
 
 
@@ -90,7 +84,7 @@ def error(made: torch.Tensor, wanted: list[torch.Tensor]) -> float:
     ids=["one token", "around a block", "ragged", "many"],
 )
 def test_each_sequence_that_decodes_sees_its_own_tokens_and_no_others(
-    cache: KVCache, layer: int, lengths: list[int]
+    cache: KVCache, all_kernels: list[Kernels], layer: int, lengths: list[int]
 ) -> None:
     order = torch.randperm(39).tolist()
     wide = max(-(-length // SIZE) for length in lengths)
@@ -103,7 +97,7 @@ def test_each_sequence_that_decodes_sees_its_own_tokens_and_no_others(
         written_out(query[i], *context(cache, layer, tables[i], length))
         for i, length in enumerate(lengths)
     ]
-    for kernels in kernels_for(cache):
+    for kernels in all_kernels:
         step = StepContext(cache, kernels, torch.empty(0))
         step.decodes = Decodes(pages, torch.tensor(lengths, dtype=torch.int32, device=device))
         made = kernels.decode(query, layer, step, SCALE)
@@ -111,11 +105,13 @@ def test_each_sequence_that_decodes_sees_its_own_tokens_and_no_others(
         assert error(made, wanted) < MOST_ERROR[query.dtype], kernels.name
 
 
-def test_a_step_sees_what_was_written_to_its_tables_since_the_one_before(cache: KVCache) -> None:
+def test_a_step_sees_what_was_written_to_its_tables_since_the_one_before(
+    cache: KVCache, all_kernels: list[Kernels]
+) -> None:
     """CUDA graphs run on the same tensors again and again."""
     device = cache.rows.device
     query = random(cache, 2, HEADS, DIM)
-    for kernels in kernels_for(cache):
+    for kernels in all_kernels:
         decodes = Decodes(
             torch.zeros(2, 3, dtype=torch.int32, device=device),
             torch.ones(2, dtype=torch.int32, device=device),
@@ -140,7 +136,7 @@ def test_a_step_sees_what_was_written_to_its_tables_since_the_one_before(cache: 
     ids=["one prompt", "prompts", "after a cached beginning"],
 )
 def test_each_token_of_a_prompt_sees_those_before_it(
-    cache: KVCache, spans: list[tuple[int, int]]
+    cache: KVCache, all_kernels: list[Kernels], spans: list[tuple[int, int]]
 ) -> None:
     layer, device = 1, cache.rows.device
     order = iter(torch.randperm(39).tolist())
@@ -168,7 +164,7 @@ def test_each_token_of_a_prompt_sees_those_before_it(
         return torch.tensor(starts, dtype=torch.int32, device=device)
 
     fresh = all(length == whole for length, whole in spans)
-    for kernels in kernels_for(cache):
+    for kernels in all_kernels:
         step = StepContext(cache, kernels, torch.empty(0))
         step.prefills = Prefills(
             of_step,
