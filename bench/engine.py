@@ -9,6 +9,7 @@ installed, LMDeploy the same: pictures, texts, one request alone, the second tur
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ Values = Mapping[str, Any]
 
 def measure(
     systems: Sequence[str], folder: Path, args: argparse.Namespace, device: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, Values]]:
     """Each system in a process of its own; one that fails is left out, with a word."""
     for system in systems:
         out = folder / "measured.json"
@@ -240,20 +241,13 @@ def _write(
         + tables(found, load, floor)
     )
     print("\n" + text, flush=True)
-    stored = {"conditions": where, "ceilings": vars(limits), "systems": _without_answers(found)}
+    systems = copy.deepcopy(dict(found))  # what comes later is compared with these answers
+    for values in systems.values():
+        for key in ("images", "texts"):
+            for each in values.get(key, []):
+                del each["answers"]
+    stored = {"conditions": where, "ceilings": vars(limits), "systems": systems}
     print(write(args.name or f"engine-{args.size}", args.results, text, stored), flush=True)
-
-
-def _without_answers(found: Mapping[str, Values]) -> dict[str, Values]:
-    return {
-        system: {
-            key: [{k: v for k, v in each.items() if k != "answers"} for each in value]
-            if key in ("images", "texts")
-            else value
-            for key, value in values.items()
-        }
-        for system, values in found.items()
-    }
 
 
 def _arguments() -> argparse.Namespace:
