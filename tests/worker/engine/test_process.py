@@ -119,7 +119,8 @@ def test_signals_to_the_whole_group_leave_it_to_its_owner(engine: ProcessEngine)
 def test_after_kill_9_open_requests_fail_retryably_and_later_ones_succeed(
     engine: ProcessEngine,
 ) -> None:
-    running, queued = engine.submit(ask(**ENDLESS)), engine.submit(ask())
+    # Both as long as the model allows: a short one can end before the kill on a busy machine.
+    running, queued = engine.submit(ask(**ENDLESS)), engine.submit(ask(**ENDLESS))
     assert isinstance(next(iter(running)), TokenEvent)
     dead = engine.pid
     assert dead is not None
