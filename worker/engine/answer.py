@@ -70,10 +70,11 @@ class Answer:
         return self._event(self._show(self._detokenizer.append(token_id)))
 
     def held(self) -> TokenEvent | None:
-        """The event of tokens whose text was held back: the answer ends here, incomplete."""
+        """The event of tokens that were held back: the answer ends here, incomplete. Of their text
+        it has what is certain; half a character may be missing."""
         if self._published == len(self.token_ids):
             return None
-        return self._event(self._show(self._detokenizer.advance()))
+        return self._event(self._show(self._detokenizer.advance()), final=True)
 
     def finish(self) -> tuple[TokenEvent | None, Choice]:
         """End the answer; return the last token event, if something was held back, and the end."""

@@ -85,3 +85,16 @@ def test_the_beginning_of_a_stop_word_is_shown_if_the_end_token_comes_first() ->
 def test_a_stop_word_before_min_new_tokens_is_text() -> None:
     _, finished = feed(tokens("a.b.c"), stop_words=["."], min_new_tokens=3)
     assert finished.text == "a.b"
+
+
+@given(st.text("ab é🙂", min_size=1, max_size=20), st.integers(0, 60), st.integers(1, 5))
+def test_what_has_come_before_an_end_from_outside_is_told_half_characters_too(
+    text: str, count: int, hold: int
+) -> None:
+    ids = tokens(text)[:count]
+    answer = Answer(GenerationConfig(), decode, {END_ID}, [])
+    events = [answer.append(token, hold=hold) for token in ids]
+    told = [event for event in [*events, answer.held()] if event is not None]
+    assert [token for event in told for token in event.token_ids] == ids
+    assert text.startswith("".join(event.text for event in told))
+    assert answer.held() is None
