@@ -29,7 +29,7 @@ SEEDS: Final = {
     "qwen2_5_vl": 12,
     "qwen3_vl": 6,
     "llava": 12,
-    "llava_next": 9,
+    "llava_next": 10,
     "llava_onevision": 13,
     "idefics3": 10,
     "smolvlm": 10,
@@ -118,5 +118,6 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() > 1 or "newline" in name or name.endswith("bias"):
+            # (What else has one dimension are the weights of norms.)
+            if weight.dim() > 1 or name.endswith(("newline", "class_embedding", "bias")):
                 weight.normal_(0, 0.35, generator=generator)
