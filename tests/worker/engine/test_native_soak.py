@@ -61,7 +61,10 @@ def test_a_thousand_requests_that_end_in_every_way_leave_nothing_behind(
     finished(engine.submit(ask("warm", pictures[0])).result())
     threads = threading.active_count()
     outcomes: dict[str, int] = {}
-    handles: list[Handle] = []
+    # Together they need twice the blocks that there are: some are driven out, on any machine.
+    handles: list[Handle] = [
+        engine.submit(ask(word, max_new_tokens=200, ignore_eos=True)) for word in "abcd"
+    ]
     for number in range(1000):
         fields: dict[str, Any] = {"max_new_tokens": chance.randrange(1, 30)}
         if chance.random() < 0.3:
@@ -118,10 +121,11 @@ def test_memory_stays_flat_over_ten_thousand_small_requests(text_model: Path) ->
                 finished(handle.result())
 
     try:
-        ask_many(2_000)
+        # The process grows by some 10 MiB over the first thousands, then by less than 1 in 40,000.
+        ask_many(10_000)
         gc.collect()
         before = process.memory_info().rss
-        ask_many(8_000)
+        ask_many(10_000)
         gc.collect()
         assert process.memory_info().rss - before < 8 * MIB
     finally:
