@@ -1,15 +1,17 @@
-"""What Redis holds besides the queue: result values, token streams, notes, and live workers.
+"""What Redis holds besides the queue: result values, token streams, notes, and workers.
 
-======================== ========= ===========================================================
-key                      type      content
-======================== ========= ===========================================================
-``visq:job:<id>``        string    the ended job as JSON (`visq.types.JobView`), with a TTL
-``visq:events:<id>``     stream    ``attempt``, ``token`` and ``end`` entries, with a TTL
-``visq:notify:<id>``     channel   a note that the stream has a new entry
-``visq:cancel``          channel   ids of running jobs that were asked to stop
-``visq:worker:<id>``     string    a live worker (`WorkerInfo`), with a TTL of some heartbeats
-``visq:workers``         set       ids of workers, of dead ones too until somebody looks
-======================== ========= ===========================================================
+============================= ========= ============================================================
+key                           type      content
+============================= ========= ============================================================
+``visq:job:<id>``             string    the ended job as JSON (`visq.types.JobView`), with a TTL
+``visq:events:<id>``          stream    ``attempt``, ``token`` and ``end`` entries, with a TTL
+``visq:notify:<id>``          channel   a note that the stream has a new entry
+``visq:cancel``               channel   ids of running jobs that were asked to stop
+``visq:worker:<id>``          string    a live worker (`WorkerInfo`), with a TTL of some heartbeats
+``visq:workers``              set       ids of workers, of dead ones too until somebody looks
+``visq:failed-worker:<name>`` string    why a worker did not start (`WorkerFailure`), with a TTL
+``visq:failed-workers``       set       names of those, with the TTL of the last one
+============================= ========= ============================================================
 
 A stream is a convenience, never the truth: after a loss of Redis, readers fall back to the job row.
 An ``attempt`` entry says that what came before it belongs to an attempt that did not end the job.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final, Literal, cast
 
 import redis
@@ -27,6 +30,12 @@ from pydantic import BaseModel
 
 CANCEL_CHANNEL: Final = "visq:cancel"
 WORKERS_KEY: Final = "visq:workers"
+FAILED_WORKERS_KEY: Final = "visq:failed-workers"
+FAILURE_SECONDS: Final = 900
+"""How long the failure of a worker's start is known: longer than the pauses that a supervisor makes
+between two starts (Kubernetes: up to 5 minutes), and the loading of a large model."""
+LONGEST_REASON: Final = 1000
+"""Characters of it; a library may give a whole listing of a checkpoint."""
 MAX_ENTRIES: Final = 20_000
 """Cap of one stream, so that a runaway answer cannot fill Redis."""
 
@@ -103,6 +112,54 @@ def live_workers(client: redis.Redis) -> list[WorkerInfo]:
     if dead:
         client.srem(WORKERS_KEY, *dead)
     return [WorkerInfo.model_validate_json(value) for value in values if value is not None]
+
+
+class WorkerFailure(BaseModel):
+    """A worker that could not load its model, as it announces itself before it ends."""
+
+    host: str
+    model: str
+    reason: str
+    at: datetime
+    """By the clock of its machine."""
+
+    @property
+    def name(self) -> str:
+        """The next start on the same host with the same model replaces it."""
+        return f"{self.host}:{self.model}"
+
+
+def failed_worker_key(name: str) -> str:
+    return f"visq:failed-worker:{name}"
+
+
+def announce_failure(client: redis.Redis, host: str, model: str, reason: str) -> None:
+    """Say that a worker of `host` could not load `model`, for the next `FAILURE_SECONDS`."""
+    if len(reason) > LONGEST_REASON:
+        reason = reason[:LONGEST_REASON] + " ..."
+    failure = WorkerFailure(host=host, model=model, reason=reason, at=datetime.now(UTC))
+    with client.pipeline() as pipe:
+        pipe.set(failed_worker_key(failure.name), failure.model_dump_json(), ex=FAILURE_SECONDS)
+        pipe.sadd(FAILED_WORKERS_KEY, failure.name)
+        pipe.expire(FAILED_WORKERS_KEY, FAILURE_SECONDS)
+        pipe.execute()
+
+
+def withdraw_failures(client: redis.Redis, host: str) -> None:
+    """A worker of `host` is up: what was announced of earlier starts there is outdated. If another
+    worker of that host still cannot start, its next start says so again."""
+    names = [cast("bytes", name).decode() for name in client.smembers(FAILED_WORKERS_KEY)]
+    if ours := [name for name in names if name.startswith(f"{host}:")]:
+        client.delete(*map(failed_worker_key, ours))
+        client.srem(FAILED_WORKERS_KEY, *ours)
+
+
+def failed_workers(client: redis.Redis) -> list[WorkerFailure]:
+    """Workers that could not start lately, by name."""
+    names = [cast("bytes", name).decode() for name in client.smembers(FAILED_WORKERS_KEY)]
+    # Outdated names stay: the same one may be announced again just now.
+    values = client.mget(map(failed_worker_key, sorted(names))) if names else []
+    return [WorkerFailure.model_validate_json(value) for value in values if value is not None]
 
 
 @dataclass(frozen=True, slots=True)
