@@ -17,6 +17,8 @@ from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from models.database import db_now, fetch
+from models.moves import ALONE
+from models.outcomes import QueuedJob
 from models.tables import Job
 from visq.types import JobStatus, Lane
 
@@ -25,8 +27,7 @@ from visq.types import JobStatus, Lane
 class DueJob:
     """A job to publish. `publishes` counts this publication: from 2 on it is a repeat."""
 
-    id: str
-    lane: Lane
+    job: QueuedJob
     publishes: int
 
 
@@ -41,7 +42,7 @@ _RESERVE: Final = (
     update(Job)
     .where(Job.id.in_(bindparam("job_ids", expanding=True)))
     .values(publish_at=db_now("republish_seconds"), publishes=Job.publishes + 1)
-    .returning(Job.id, Job.lane, Job.publishes)
+    .returning(Job.id, Job.lane, ALONE, Job.publishes)
     .execution_options(synchronize_session=False)
 )
 
@@ -55,7 +56,10 @@ def reserve_due(session: Session, *, limit: int, republish_seconds: float) -> li
     if not due:
         return []
     rows = fetch(session, _RESERVE, {"job_ids": list(due), "republish_seconds": republish_seconds})
-    return sorted((DueJob(*row) for row in rows), key=lambda job: job.id)
+    due_jobs = (
+        DueJob(QueuedJob(id_, lane, alone), publishes) for id_, lane, alone, publishes in rows
+    )
+    return sorted(due_jobs, key=lambda due: due.job.id)
 
 
 def mark_published(session: Session, job_ids: Sequence[str], *, republish_seconds: float) -> None:

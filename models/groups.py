@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from models import batches, outbox, sessions
 from models.database import db_now, fetch
 from models.jobs import CLAIM_GUARDS, CLAIM_VALUES, SUCCEED, work_of
-from models.moves import moved, moving, record_all, release_next_turn
+from models.moves import moved, moving, record_all, release_next_turn, to_publish
 from models.outcomes import Claim, QueuedJob, Succeeded, Transition, Work
 from models.tables import ChatSession, Job, Tenant
 from visq.types import JobStatus
@@ -111,7 +111,7 @@ def succeed_all(
                 sessions.append(session, claim.session_id, job, end)
             following = release_next_turn(session, claim.session_id)
             if following is not None:
-                queued[claim] = [QueuedJob(following.id, following.lane)]
+                queued[claim] = [to_publish(following)]
     if not ended:
         return transitions
     record_all(session, [(job, JobStatus.RUNNING, reason) for _, job, reason in ended])

@@ -27,19 +27,23 @@ from sqlalchemy.orm import Session
 from models import batches, sessions
 from models.database import db_now, fetch
 from models.moves import (
+    ALONE,
     END,
     ENDED,
     FAIL,
+    GIVE_UP,
     PENDING,
     QUEUE,
     QUEUED,
     REQUEUE,
+    REQUEUE_AFTER_CRASH,
     Move,
     after_end,
     locked,
     move,
     moving,
     requeue,
+    to_publish,
 )
 from models.outcomes import (
     Cancelled,
@@ -48,7 +52,6 @@ from models.outcomes import (
     Failed,
     HandedBack,
     Outcome,
-    QueuedJob,
     Remembered,
     Renewed,
     Succeeded,
@@ -56,7 +59,7 @@ from models.outcomes import (
     Work,
 )
 from models.tables import Batch, Job, Tenant
-from visq.errors import NotFound, NotRetriable
+from visq.errors import EngineCrashed, NotFound, NotRetriable
 from visq.types import BatchStatus, JobStatus, Prompt
 
 # --- a run: claim, renew, finish -------------------------------------------------------------
@@ -65,7 +68,7 @@ from visq.types import BatchStatus, JobStatus, Prompt
 _BATCH_IS_ENDING: Final = exists().where(
     Batch.id == Job.batch_id, Batch.status == BatchStatus.CANCELLING
 )
-CLAIM_GUARDS: Final = (
+_CLAIM_GUARDS: Final = (
     Job.cancel_requested_at.is_(None),
     or_(Job.run_after.is_(None), Job.run_after <= db_now()),
     or_(Job.expires_at.is_(None), Job.expires_at > db_now()),
@@ -79,15 +82,27 @@ CLAIM_VALUES: Final[dict[str, Any]] = {
     "publish_at": None,
     "run_after": None,
 }
+CLAIM_GUARDS: Final = (*_CLAIM_GUARDS, ~ALONE)
+"""Of a job that may run among others."""
 _CLAIM: Final = moving(*CLAIM_GUARDS, **CLAIM_VALUES)
+_CLAIM_ALONE: Final = moving(*_CLAIM_GUARDS, ALONE, **CLAIM_VALUES)
+_WAITS_ALONE: Final = exists().where(
+    Job.id == bindparam("job_id"), Job.status == JobStatus.QUEUED, ALONE, *_CLAIM_GUARDS
+)
 _TENANT_AND_TIME: Final = select(Tenant.name, db_now()).where(Tenant.id == bindparam("tenant_id"))
 
 
-def claim(session: Session, job_id: str, *, worker: str, lease_seconds: float) -> Work | None:
-    """Take a queued job; ``None`` if it is not there to take (a repeated or early message)."""
+def claim(
+    session: Session, job_id: str, *, worker: str, lease_seconds: float, alone: bool = False
+) -> Work | None:
+    """Take a queued job; ``None`` if it is not there to take (a repeated or early message).
+
+    :param alone: the worker holds no other job, and will take none until this one has ended. Jobs
+        with which engines or workers died (`SHARED_CRASHES`) are taken in this way, and only they.
+    """
     job = move(
         session,
-        _CLAIM,
+        _CLAIM_ALONE if alone else _CLAIM,
         job_id,
         JobStatus.QUEUED,
         JobStatus.RUNNING,
@@ -99,6 +114,11 @@ def claim(session: Session, job_id: str, *, worker: str, lease_seconds: float) -
         return None
     tenant, now = fetch(session, _TENANT_AND_TIME, {"tenant_id": job.tenant_id}).one()
     return work_of(session, job, tenant, now)
+
+
+def waits_alone(session: Session, job_id: str) -> bool:
+    """Whether the job is there to be taken alone: a look before a worker stops for it."""
+    return bool(session.scalar(select(_WAITS_ALONE), {"job_id": job_id}))
 
 
 def work_of(session: Session, job: Job, tenant: str, now: datetime) -> Work:
@@ -148,8 +168,10 @@ _ASKED_TO_STOP: Final = Job.cancel_requested_at.is_not(None)
 SUCCEED: Final = moving(_FENCE, result=bindparam("answer"), **ENDED)
 """Its parameters are of the claim and of the result."""
 _FAIL_RUN: Final = FAIL.where(_FENCE)
+_GIVE_UP_RUN: Final = GIVE_UP.where(_FENCE)
 _END_RUN: Final = END.where(_FENCE)
 _REQUEUE_RUN: Final = REQUEUE.where(_FENCE)
+_REQUEUE_CRASHED: Final = REQUEUE_AFTER_CRASH.where(_FENCE)
 _HAND_BACK: Final = QUEUE.where(_FENCE, ~_ASKED_TO_STOP)
 _STOP_IF_ASKED: Final = END.where(_FENCE, _ASKED_TO_STOP)
 
@@ -185,7 +207,7 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
             if error.retryable:
                 requeued = requeue(
                     session,
-                    _REQUEUE_RUN,
+                    _REQUEUE_CRASHED if isinstance(error, EngineCrashed) else _REQUEUE_RUN,
                     claim.job_id,
                     reason=str(error),
                     backoff_seconds=backoff_seconds,
@@ -196,7 +218,7 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
                 job = leave(_STOP_IF_ASKED, JobStatus.CANCELLED, "cancelled")
             if job is None:
                 job = leave(
-                    _FAIL_RUN,
+                    _GIVE_UP_RUN if error.retryable else _FAIL_RUN,
                     JobStatus.FAILED,
                     error.code,
                     code=error.code,
@@ -210,7 +232,7 @@ def finish(session: Session, claim: Claim, outcome: Outcome) -> Transition | Non
         case HandedBack(reason):
             job = leave(_HAND_BACK, JobStatus.QUEUED, reason)
             if job is not None:
-                return Transition(job, queued=[QueuedJob(job.id, job.lane)])
+                return Transition(job, queued=[to_publish(job)])
             # Nobody claims a job that was asked to stop: in the queue it would stay for ever.
             job = leave(_STOP_IF_ASKED, JobStatus.CANCELLED, "cancelled")
     return None if job is None else after_end(session, job)
@@ -252,14 +274,17 @@ _RETRY: Final = moving(
     error_code=None,
     error_message=None,
     error_param=None,
+    dead_at=None,
     finished_at=None,
     cancel_requested_at=None,
+    expires_at=db_now("expires_in_seconds"),
     **QUEUED,
 )
 
 
 def retry(session: Session, job_id: str) -> Transition:
-    """Queue a failed job again, with all its attempts.
+    """Queue a failed job again, with all its attempts, and as much time until its deadline as it
+    was given at first.
 
     :raises NotFound: no such job.
     :raises NotRetriable: it has not failed, it is a turn that later turns have followed, or its
@@ -284,9 +309,10 @@ def retry(session: Session, job_id: str) -> Transition:
         JobStatus.FAILED,
         JobStatus.QUEUED,
         reason="retried by a call",
+        expires_in_seconds=_seconds_left(job.expires_at, job.created_at),
     )
     assert queued is not None, "the row was locked"
-    return Transition(queued, queued=[QueuedJob(queued.id, queued.lane)])
+    return Transition(queued, queued=[to_publish(queued)])
 
 
 def delete_session(session: Session, session_id: str) -> list[Transition]:
@@ -345,8 +371,8 @@ def without_lease(session: Session, limit: int) -> list[str]:
 
 _LEASE_RAN_OUT: Final = Job.lease_expires_at <= db_now()
 _END_DEAD: Final = END.where(_LEASE_RAN_OUT)
-_FAIL_DEAD: Final = FAIL.where(_LEASE_RAN_OUT)
-_REQUEUE_DEAD: Final = REQUEUE.where(_LEASE_RAN_OUT)
+_GIVE_UP_DEAD: Final = GIVE_UP.where(_LEASE_RAN_OUT)
+_REQUEUE_DEAD: Final = REQUEUE_AFTER_CRASH.where(_LEASE_RAN_OUT)
 
 
 def rescue(session: Session, job_id: str, *, backoff_seconds: float = 1.0) -> Transition | None:
@@ -366,7 +392,7 @@ def rescue(session: Session, job_id: str, *, backoff_seconds: float = 1.0) -> Tr
         )
         if requeued is not None:
             return requeued
-        how, to = _FAIL_DEAD, JobStatus.FAILED
+        how, to = _GIVE_UP_DEAD, JobStatus.FAILED
         error = {
             "code": "attempts_exhausted",
             "message": f"{reason}; all {job.max_attempts} attempts are used up",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy import ColumnElement, bindparam, insert, inspect, select, update
+from sqlalchemy import ColumnElement, bindparam, case, insert, inspect, or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -26,6 +26,11 @@ PUBLISH_GRACE_SECONDS = 2.0
 
 LONGEST_BACKOFF = 300.0
 """Seconds before another attempt at most, unless the first wait is longer already."""
+
+SHARED_CRASHES: Final = 2
+"""So many times an engine or a worker may die with a job among others: it is no failure of the job,
+since nobody knows which of them was to blame. From then on the job runs alone, and a death is its
+own failure."""
 
 PENDING = (JobStatus.WAITING, JobStatus.QUEUED)
 
@@ -73,25 +78,46 @@ END: Final = moving(**ENDED)
 
 QUEUE: Final = moving(**QUEUED)
 
+_ATTEMPTS_LEFT: Final = Job.failures + 1 < Job.max_attempts
+_LATER: Final = QUEUED | {
+    "run_after": db_now("run_after_seconds"),
+    "publish_at": db_now("publish_seconds"),
+}
+
 REQUEUE: Final = moving(
-    Job.failures + 1 < Job.max_attempts,
+    _ATTEMPTS_LEFT,
     Job.cancel_requested_at.is_(None),
-    **QUEUED
+    **_LATER | {"failures": Job.failures + 1},
+)
+"""After a failure of the job; made by `requeue`."""
+
+ALONE: Final = Job.crashes >= SHARED_CRASHES
+"""Whether the job runs, or ran, without others beside it."""
+
+REQUEUE_AFTER_CRASH: Final = moving(
+    or_(~ALONE, _ATTEMPTS_LEFT),
+    Job.cancel_requested_at.is_(None),
+    **_LATER
     | {
-        "failures": Job.failures + 1,
-        "run_after": db_now("run_after_seconds"),
-        "publish_at": db_now("publish_seconds"),
+        "crashes": Job.crashes + 1,
+        "failures": case((ALONE, Job.failures + 1), else_=Job.failures),
     },
 )
-"""Made by `requeue`."""
-FAIL: Final = moving(
-    failures=Job.failures + 1,
-    error_code=bindparam("code"),
-    error_message=bindparam("message"),
-    error_param=bindparam("param"),
+"""After the death of the engine or of the worker; made by `requeue`."""
+
+_FAILED: Final[dict[str, Any]] = {
+    "failures": Job.failures + 1,
+    "error_code": bindparam("code"),
+    "error_message": bindparam("message"),
+    "error_param": bindparam("param"),
     **ENDED,
-)
+}
+
+FAIL: Final = moving(**_FAILED)
 """Its parameters are of the error."""
+
+GIVE_UP: Final = moving(**_FAILED, dead_at=db_now())
+"""`FAIL` for a reason that may pass: the job becomes a dead letter."""
 
 _RECORD: Final = insert(table(JobEvent))
 
@@ -149,7 +175,7 @@ def record_all(
     session.execute(_RECORD, rows)
 
 
-_FAILURES: Final = select(Job.failures).where(Job.id == bindparam("job_id"))
+_FAILURES: Final = select(Job.failures + Job.crashes).where(Job.id == bindparam("job_id"))
 
 
 def requeue(
@@ -161,9 +187,9 @@ def requeue(
     backoff_seconds: float,
     **parameters: Any,
 ) -> Transition | None:
-    """A counted attempt is over: queue the job again if attempts are left, later each time.
+    """An attempt went wrong: queue the job again if attempts are left, later each time.
 
-    `how` is `REQUEUE` with the guards of the caller.
+    `how` is `REQUEUE` or `REQUEUE_AFTER_CRASH`, with the guards of the caller.
     """
     failures = session.scalar(_FAILURES, {"job_id": job_id}) or 0
     delay = min(backoff_seconds * 2**failures, max(backoff_seconds, LONGEST_BACKOFF))
@@ -188,10 +214,15 @@ def after_end(session: Session, job: Job) -> Transition:
     if job.session_id is not None:
         following = release_next_turn(session, job.session_id)
         if following is not None:
-            queued.append(QueuedJob(following.id, following.lane))
+            queued.append(to_publish(following))
     if job.batch_id is not None:
         batches.count_ends(session, job.batch_id, job.status, 1)
     return Transition(job, queued=queued, events=outbox.add_results(session, [job]))
+
+
+def to_publish(job: Job) -> QueuedJob:
+    """What the broker must be told of a job that was queued."""
+    return QueuedJob(job.id, job.lane, alone=job.crashes >= SHARED_CRASHES)
 
 
 _FIRST_UNFINISHED: Final = (

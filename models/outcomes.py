@@ -78,7 +78,8 @@ class Succeeded:
 
 @dataclass(frozen=True)
 class Failed:
-    """A retryable error leads back to ``queued`` while attempts are left."""
+    """A retryable error leads back to ``queued`` while attempts are left; `EngineCrashed` is no
+    failure of a job that was not alone in the engine."""
 
     error: VisqError
     backoff_seconds: float = 1.0
@@ -110,6 +111,8 @@ class QueuedJob:
 
     id: str
     lane: Lane
+    alone: bool = False
+    """Whether it must run without others beside it."""
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ class Job(TenantOwned, Base):
         _partial_index("ix_jobs_to_publish", "publish_at", where="status = 'queued'"),
         _partial_index("ix_jobs_leases", "lease_expires_at", where="status = 'running'"),
         _partial_index("ix_jobs_deadlines", "expires_at", where="status IN ('waiting', 'queued')"),
+        _partial_index("ix_jobs_dead", "dead_at", where="dead_at IS NOT NULL"),
         # A session runs one turn at a time, whatever goes wrong elsewhere.
         _partial_index(
             "uq_jobs_running_turn", "session_id", where="status = 'running'", unique=True
@@ -199,6 +200,8 @@ class Job(TenantOwned, Base):
     failures: Mapped[int] = mapped_column(default=0)
     """Attempts that counted: a job that was handed back at a shutdown lost none."""
     max_attempts: Mapped[int] = mapped_column()
+    crashes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Times that an engine or a worker died with it: `models.moves.SHARED_CRASHES`."""
     worker: Mapped[str | None] = mapped_column(String(128))
     lease_expires_at: Mapped[datetime | None] = mapped_column()
     cancel_requested_at: Mapped[datetime | None] = mapped_column()
@@ -214,6 +217,9 @@ class Job(TenantOwned, Base):
     error_code: Mapped[str | None] = mapped_column(String(64))
     error_message: Mapped[str | None] = mapped_column(Text)
     error_param: Mapped[str | None] = mapped_column(String(256))
+    dead_at: Mapped[datetime | None] = mapped_column()
+    """When it became a dead letter: it failed for a reason that may pass, but its attempts are used
+    up."""
 
     created_at: Mapped[datetime] = mapped_column(default=db_now())
     started_at: Mapped[datetime | None] = mapped_column()

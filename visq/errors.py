@@ -22,7 +22,7 @@ answers with, and ``retryable``: whether a job that met it is attempted again by
     │   └── ImageFetchFailed           retryable: the store did not answer
     ├── EngineError                    the model could not answer
     │   ├── ContextLengthExceeded, AdapterNotFound
-    │   └── EngineCrashed              retryable: the engine process died
+    │   └── EngineCrashed, EngineDown  retryable: the engine died, or has not come up again
     └── JobFailed                      a job ended without an answer (raised by the client)
         └── AttemptsExhausted, JobCancelled, JobExpired
     ConfigurationError                 the process cannot start as it is set up
@@ -201,6 +201,13 @@ class EngineCrashed(EngineError):
     """The engine process died while this request was in it; tried again by itself."""
 
     code = "engine_crashed"
+    retryable = True
+
+
+class EngineDown(EngineError):
+    """The engine has died and is not up again yet; the request was not in it."""
+
+    code = "engine_down"
     retryable = True
 
 

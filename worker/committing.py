@@ -60,6 +60,19 @@ class Committer:
         """
         return self._claims(job_id)
 
+    def claim_alone(self, job_id: str) -> Work | None:
+        """`models.jobs.claim` of a job that must be alone.
+
+        :raises Unavailable: the database does not answer.
+        """
+        return self._database.run(
+            jobs.claim,
+            job_id,
+            worker=self._worker_id,
+            lease_seconds=self._lease_seconds,
+            alone=True,
+        )
+
     def finish(self, claim: Claim, outcome: Outcome) -> Transition | None:
         """`models.jobs.finish`.
 

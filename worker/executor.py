@@ -13,6 +13,7 @@ from queue import SimpleQueue
 
 import structlog
 
+from models import jobs
 from models.database import Database
 from models.outcomes import (
     Cancelled,
@@ -24,11 +25,12 @@ from models.outcomes import (
     Transition,
     Work,
 )
-from visq.errors import Unavailable, VisqError
+from visq.errors import EngineDown, Unavailable, VisqError
 from visq.exact import exact_ids
 from visq.settings import Settings
 from visq.types import Message
 from worker.committing import Committer
+from worker.company import Company
 from worker.engine import face
 from worker.engine.face import Engine, EngineRequest, Event, Finished, Stopped, TokenEvent
 from worker.media import Media
@@ -72,13 +74,24 @@ class Executor:
         self._committer = Committer(
             database, courier, self._streams, worker_id, settings.lease_seconds
         )
+        self._company = Company()
         self._fetchers = ThreadPoolExecutor(settings.fetch_concurrency, "fetch")
 
-    def run(self, job_id: str) -> None:
-        """Run the job if it is there to claim; a repeated message finds nothing."""
-        if not self._engine_is_up():
-            return  # the job is still queued, and is published again
-        work = self._claim(job_id)
+    def run(self, job_id: str, *, alone: bool = False) -> None:
+        """Run the job if it is there to claim; a repeated message finds nothing.
+
+        :param alone: what the message says: the job must run without others beside it.
+        """
+        if alone and not self._waits_alone(job_id):
+            return  # nothing to stop the others for
+        company = self._company.alone if alone else self._company.shared
+        with company(lambda: self._runs.shutting_down) as free:
+            # If not, the worker shuts down: the job is still queued, and is published again.
+            if free and self._engine_is_up():
+                self._run(job_id, alone)
+
+    def _run(self, job_id: str, alone: bool) -> None:
+        work = self._claim(job_id, alone)
         if work is None:
             log.debug("nothing to claim", job=job_id)
             return
@@ -110,9 +123,15 @@ class Executor:
             time.sleep(ENGINE_LOOK_SECONDS)
         return True
 
-    def _claim(self, job_id: str) -> Work | None:
+    def _waits_alone(self, job_id: str) -> bool:
         try:
-            return self._committer.claim(job_id)
+            return self._database.read(jobs.waits_alone, job_id)
+        except Unavailable:
+            return False  # it is published again
+
+    def _claim(self, job_id: str, alone: bool) -> Work | None:
+        try:
+            return self._committer.claim_alone(job_id) if alone else self._committer.claim(job_id)
         except Unavailable as error:
             log.warning("not claimed; it is published again", job=job_id, error=str(error))
             return None
@@ -142,6 +161,8 @@ class Executor:
                     tokenizer=info.tokenizer,
                     pictures=pictures.shown,
                 )
+            case face.Failed(EngineDown()):
+                return HandedBack("the engine was down")
             case face.Failed(error):
                 return self._failed(error)
             case Stopped(reason):

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+import redis
 import structlog
 from celery import Celery, signals
 from rich.console import Console
@@ -23,16 +24,18 @@ from rich.console import Console
 from models import revision
 from models.database import Database
 from visq import logs
+from visq.errors import ConfigurationError
 from visq.objects import open_store
 from visq.settings import Settings
-from visq.streams import WorkerInfo
+from visq.streams import WorkerInfo, announce_failure, withdraw_failures
 from worker.engine import start_engine
-from worker.engine.face import EngineInfo
+from worker.engine.face import Engine, EngineInfo
 from worker.executor import Executor
 from worker.media import Media
 from worker.metrics import Metrics
 from worker.queue import Courier, Maintenance, broker_guard
 from worker.queue.app import RUN_TASK, make_app
+from worker.queue.courier import connect_redis
 from worker.runs import Runs
 
 log = structlog.get_logger(__name__)
@@ -61,7 +64,7 @@ def run(settings: Settings) -> int:
         stack.callback(database.close)
         database.read(revision.check)
         console.print(f"loading the model [bold]{settings.model}[/] ...")
-        engine = start_engine(settings)
+        engine = _start_engine(settings)
         stack.callback(engine.close)
         info = engine.info
         console.print(
@@ -111,12 +114,39 @@ def run(settings: Settings) -> int:
             maintenance=maintenance,
         )
         stack.callback(executor.close)
+        _withdraw_failures(courier.redis)
         runs.start()
         # What was loaded stays: looking at it again in each collection costs every job something.
         gc.collect()
         gc.freeze()
         console.print(f"worker {worker_id} takes up to {concurrency} jobs at a time")
         return serve(app, settings, concurrency, executor, runs)
+
+
+def _start_engine(settings: Settings) -> Engine:
+    """Load the model. If that fails, say so where operators look (`/readyz`, `visq doctor`,
+    `visq health worker`): this process is about to end, and takes no job.
+
+    :raises ConfigurationError: the model cannot be loaded.
+    """
+    try:
+        return start_engine(settings)
+    except ConfigurationError as error:
+        client = connect_redis(settings)
+        try:
+            announce_failure(client, socket.gethostname(), settings.model, error.message)
+        except (redis.RedisError, OSError) as outage:
+            log.warning("the failure is not announced", error=str(outage))
+        finally:
+            client.close()
+        raise
+
+
+def _withdraw_failures(client: redis.Redis) -> None:
+    try:
+        withdraw_failures(client, socket.gethostname())
+    except (redis.RedisError, OSError) as outage:
+        log.warning("earlier failures are left to their time-out", error=str(outage))
 
 
 def useful_concurrency(settings: Settings, info: EngineInfo) -> int:
@@ -147,9 +177,9 @@ def serve(app: Celery, settings: Settings, concurrency: int, executor: Executor,
     """Take messages until a signal; then finish the running jobs, or hand them back."""
 
     @app.task(name=RUN_TASK)
-    def run_jobs(job_ids: list[str]) -> None:
+    def run_jobs(job_ids: list[str], alone: bool = False) -> None:
         for job_id in job_ids:
-            executor.run(job_id)
+            executor.run(job_id, alone=alone)
 
     grace = threading.Timer(settings.shutdown_seconds, runs.hand_back_all)
     grace.daemon = True

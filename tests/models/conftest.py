@@ -14,7 +14,7 @@ from models import jobs, reading, submit
 from models.database import Database
 from models.outcomes import Failed, Outcome, Succeeded, Transition, Work
 from models.tables import Job, JobEvent
-from visq.errors import EngineCrashed, ImageNotFound
+from visq.errors import EngineCrashed, ImageFetchFailed, ImageNotFound
 from visq.types import BatchRequest, JobRequest, JobResult, JobStatus, Message, Usage
 
 
@@ -92,7 +92,8 @@ def answered(work: Work, text: str, token_ids: list[int] | None = None) -> Succe
     return Succeeded(result, [*work.prompt.as_messages(), answer], token_ids, "tokenizer-1")
 
 
-TRANSIENT = Failed(EngineCrashed("the engine died"), backoff_seconds=0.0)
+TRANSIENT = Failed(ImageFetchFailed("the store did not answer"), backoff_seconds=0.0)
+CRASHED = Failed(EngineCrashed("the engine died"), backoff_seconds=0.0)
 PERMANENT = Failed(ImageNotFound("s3://a-bucket/cat.png does not exist"))
 
 

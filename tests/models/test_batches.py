@@ -34,7 +34,7 @@ def fill(world: World, window: int) -> list[str]:
     """Fill the windows and take what became due, as the maintenance loop does."""
     world.database.run(batches.fill_windows, window)
     due = world.database.run(dispatch.reserve_due, limit=1000, republish_seconds=3600)
-    return [job.id for job in due]
+    return [each.job.id for each in due]
 
 
 def test_counters_equal_the_rows_and_the_last_end_completes_the_batch(world: World) -> None:
@@ -153,7 +153,7 @@ def test_nothing_waits_for_an_item_while_it_holds_the_batch(
     assert batch(world, batch_id).status is status
     if locked_by == "fill" and world.database.engine.name == "postgresql":
         due = world.database.run(dispatch.reserve_due, limit=10, republish_seconds=3600)
-        assert [job.id for job in due] == [second], "the locked item comes in the next round"
+        assert [each.job.id for each in due] == [second], "the locked item comes in the next round"
     other.close()
 
 

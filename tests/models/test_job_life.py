@@ -85,8 +85,9 @@ def test_a_retryable_error_leads_to_another_attempt_until_they_are_used_up(world
         assert world.finish(world.claimed(job.id), TRANSIENT) is not None
     ended = world.job(job.id)
     assert ended.status is S.FAILED
-    assert ended.error_code == "engine_crashed"
+    assert ended.error_code == "image_fetch_failed"
     assert ended.attempt == 3
+    assert ended.dead_at is not None, "it is a dead letter"
 
 
 def test_the_back_off_keeps_a_job_from_being_claimed_early(world: World) -> None:
@@ -104,6 +105,7 @@ def test_an_error_that_will_not_pass_fails_the_job_at_once(world: World) -> None
     assert (failed.status, failed.error_code) == (S.FAILED, "image_not_found")
     assert failed.error_message is not None
     assert "s3://a-bucket/cat.png" in failed.error_message
+    assert failed.dead_at is None, "trying again would not help"
 
 
 def test_a_job_that_is_handed_back_loses_no_attempt(world: World) -> None:
@@ -161,13 +163,23 @@ def test_a_lost_claim_is_not_renewed(world: World) -> None:
     assert world.database.run(jobs.renew, [old.claim], lease_seconds=NEVER) == []
 
 
-def test_a_job_whose_workers_keep_dying_ends_as_a_dead_letter(world: World) -> None:
-    job = world.submit()
-    for _ in range(3):
-        world.claimed(job.id, lease_seconds=-1)
-        world.database.run(jobs.rescue, job.id, backoff_seconds=0.0)
-    dead = world.job(job.id)
-    assert (dead.status, dead.error_code) == (S.FAILED, "attempts_exhausted")
+def test_a_retried_job_has_as_much_time_as_it_had_at_first(world: World) -> None:
+    job = world.submit(expires_in=60)
+    world.finish(world.claimed(job.id), PERMANENT)
+
+    def long_ago(session: Session) -> None:
+        past = timedelta(hours=1)
+        session.execute(
+            update(Job).values(created_at=job.created_at - past, expires_at=job.expires_at - past)
+        )
+
+    assert job.expires_at is not None
+    world.database.run(long_ago)
+    world.database.run(jobs.retry, job.id)
+    assert world.database.read(jobs.past_deadline, 10) == []
+    retried = world.job(job.id)
+    assert retried.expires_at is not None
+    assert abs(retried.expires_at - job.expires_at) < timedelta(seconds=30)
 
 
 def test_a_queued_job_is_cancelled_at_once(world: World) -> None:
@@ -273,7 +285,7 @@ def due(world: World, republish_seconds: float = NEVER) -> list[str]:
     reserved = world.database.run(
         dispatch.reserve_due, limit=100, republish_seconds=republish_seconds
     )
-    return [job.id for job in reserved]
+    return [each.job.id for each in reserved]
 
 
 def test_a_queued_job_that_was_not_published_becomes_due(

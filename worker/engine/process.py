@@ -27,7 +27,7 @@ from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any, Final, TypeAlias
 
-from visq.errors import ConfigurationError, EngineCrashed, Unavailable, VisqError
+from visq.errors import ConfigurationError, EngineCrashed, EngineDown, Unavailable, VisqError
 from visq.pixels import PixelBuffer
 from visq.types import ImagePart, ImageUrl, Message
 from worker.engine import child
@@ -57,6 +57,8 @@ from worker.engine.wire import (
 )
 
 logger = logging.getLogger(__name__)
+
+DIED: Final = "the engine process died while it had this request"
 
 DOWN: Final = "the engine is down; try again later"
 
@@ -146,7 +148,7 @@ class ProcessEngine:
         handle = Handle(lambda: self._cancel(number), sink)
         with self._lock:
             if self._gave_up or self._closing.is_set():
-                handle.publish(Failed(EngineCrashed(DOWN)))
+                handle.publish(Failed(EngineDown(DOWN)))
                 return handle
             self._open[number] = _Open(request, handle, time.monotonic())
             self._send(number)
@@ -319,8 +321,8 @@ class ProcessEngine:
         for number, request in list(self._open.items()):
             if request.sent or not sent_only:
                 del self._open[number]
-                why = "the engine process died while it had this request" if request.sent else DOWN
-                request.handle.publish(Failed(EngineCrashed(why)))
+                error = EngineCrashed(DIED) if request.sent else EngineDown(DOWN)
+                request.handle.publish(Failed(error))
 
     def _start(self) -> Connection[ToEngine, Any]:
         context = multiprocessing.get_context("spawn")

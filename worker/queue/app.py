@@ -18,7 +18,7 @@ from visq.types import Lane
 from worker.queue import broker_clients
 
 RUN_TASK: Final = "visq.run"
-"""Name of the one task; its argument is a list of job ids."""
+"""Name of the one task: a list of job ids, and perhaps ``alone`` (`models.jobs.claim`)."""
 
 ONE_DAY_MS: Final = 24 * 3600 * 1000
 

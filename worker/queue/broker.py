@@ -43,7 +43,11 @@ class Broker:
         with self._outage_typed(), self._app.producer_or_acquire() as producer:
             for job in jobs:
                 self._app.send_task(
-                    RUN_TASK, args=[[job.id]], queue=queue_name(job.lane), producer=producer
+                    RUN_TASK,
+                    args=[[job.id]],
+                    kwargs={"alone": True} if job.alone else {},
+                    queue=queue_name(job.lane),
+                    producer=producer,
                 )
 
     def publish_result(self, event: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from models import batches, dispatch, jobs, outbox
 from models.database import Database
-from models.outcomes import QueuedJob, Transition
+from models.outcomes import Transition
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.types import JobStatus
@@ -120,13 +120,13 @@ class Maintenance:
         if not due:
             return
         try:
-            if any(job.publishes > 1 for job in due):
+            if any(each.publishes > 1 for each in due):
                 due = self._without_those_in_the_broker(due)
-            self._courier.broker.publish_jobs([QueuedJob(job.id, job.lane) for job in due])
+            self._courier.broker.publish_jobs([each.job for each in due])
         except Unavailable:
             self._database.run(
                 dispatch.publish_again_now,
-                [job.id for job in due],
+                [each.job.id for each in due],
                 seconds=self._settings.maintenance_seconds,
             )
             raise
@@ -139,10 +139,10 @@ class Maintenance:
         expected = self._database.read(dispatch.in_broker)
         complete = {
             lane
-            for lane in {job.lane for job in due if job.publishes > 1}
+            for lane in {each.job.lane for each in due if each.publishes > 1}
             if self._courier.broker.depth(lane) >= expected.get(lane, 0)
         }
-        return [job for job in due if job.publishes == 1 or job.lane not in complete]
+        return [each for each in due if each.publishes == 1 or each.job.lane not in complete]
 
     def publish_events(self) -> None:
         """Publish result events whose process could not."""

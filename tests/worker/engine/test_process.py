@@ -21,7 +21,7 @@ import pytest
 from tests.waiting import until
 from tests.worker.engine.asking import ask, failed, finished, image_part
 from tests.worker.engine.models import CONTEXT
-from visq.errors import ConfigurationError, ContextLengthExceeded, EngineCrashed
+from visq.errors import ConfigurationError, ContextLengthExceeded, EngineCrashed, EngineDown
 from visq.pixels import PixelBuffer
 from visq.types import ImagePart, ImageUrl, Message
 from worker.engine.config import EngineConfig
@@ -233,8 +233,9 @@ def test_closing_fails_what_is_open_though_the_process_hangs(vision_model: Path)
     threads = threading.active_count()
     engine.close()
     engine.close()
-    for handle in (running, *waiting, engine.submit(ask())):
+    for handle in (running, *waiting):
         assert isinstance(failed(handle.result()).error, EngineCrashed)
+    assert isinstance(failed(engine.submit(ask()).result()).error, EngineDown)
     assert not engine.alive
     assert not process.is_running()
     assert threading.active_count() == threads - 3, "keeper, sender and watchdog have ended"
