@@ -60,7 +60,7 @@ class Server:
         self._stack = stack
         self._client = client
 
-    def run(self, items: Sequence[Item]) -> Round:
+    def run(self, items: Sequence[Item], **gen_config: Any) -> Round:
         """Put the pictures in the store, then answer all questions."""
         store = open_store(self._stack.settings)
         try:
@@ -75,7 +75,7 @@ class Server:
                 {"custom_id": item.name, "prompt": item.question, "images": [item.uri]}
                 for item in items
             ],
-            gen_config=self._gen_config,
+            gen_config=self._gen_config | gen_config,
         )
         while batch.counts.finished < len(items):
             time.sleep(LOOK_SECONDS)
@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, list[Round]]]:
             for number in range(1, args.rounds + 1):
                 items = draw(workload, args.jobs, round_number=number)
                 for server in servers:
-                    result = server.run(items)
+                    result = server.run(items, **WORKLOADS[workload].gen_config)
                     rounds[server.engine].append(result)
                     print(f"{workload}, round {number}, {server.engine}: {result.rate:.1f} jobs/s")
     return found

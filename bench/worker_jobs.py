@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Final
+from typing import Any, Final
 
 from tools.train_small_model.sampling import sample
 
@@ -30,12 +30,26 @@ class Workload:
     questions: int
     """Different ones on each picture."""
     text: str
+    tokens: int = 0
+    """Of each answer, whatever the model says; 0: until its end."""
+
+    @property
+    def gen_config(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.tokens, "ignore_eos": True} if self.tokens else {}
 
 
 WORKLOADS: Final[Mapping[str, Workload]] = {
     "distinct pictures": Workload(1, "Every job has a picture of its own."),
     "8 questions a picture": Workload(
         QUESTIONS, f"{QUESTIONS} jobs ask different questions on each picture, one after the other."
+    ),
+    "answers of 64 tokens": Workload(
+        1, "Every job has a picture of its own, and its answer goes on for 64 tokens.", tokens=64
+    ),
+    "8 answers of 64 tokens": Workload(
+        QUESTIONS,
+        f"{QUESTIONS} questions on each picture, with answers that go on for 64 tokens.",
+        tokens=64,
     ),
 }
 
