@@ -25,6 +25,7 @@ from models.outcomes import (
     Transition,
     Work,
 )
+from visq import points
 from visq.errors import EngineDown, Unavailable, VisqError
 from visq.exact import exact_ids
 from visq.settings import Settings
@@ -91,10 +92,12 @@ class Executor:
                 self._run(job_id, alone)
 
     def _run(self, job_id: str, alone: bool) -> None:
+        points.reached("run.taken")
         work = self._claim(job_id, alone)
         if work is None:
             log.debug("nothing to claim", job=job_id)
             return
+        points.reached("run.claimed")
         stream = self._streams.begin(work.claim)
         with self._runs.holding(work.claim) as run:
             outcome = self._attempt(work, run, stream)
@@ -104,8 +107,10 @@ class Executor:
             self._streams.forget(stream)
             log.warning("run lost its job; its result is thrown away", job=job_id)
             return
+        points.reached("run.ended")
         log.info("job run", job=job_id, attempt=work.claim.attempt, status=transition.job.status)
         self._committer.deliver(stream, transition)
+        points.reached("run.delivered")
         if work.batch_id is not None:
             self._maintenance.wake_for_windows()  # there is room in the batch's window
 
@@ -142,7 +147,9 @@ class Executor:
             with self._pictures(work, run) as pictures:
                 if pictures is None or run.stop_reason is not None:
                     return _stopped(run, "cancelled")
+                points.reached("run.shown")
                 answer = self._ask(work, run, pictures, stream)
+                points.reached("run.answered")
         except VisqError as refusal:
             return self._failed(refusal)
         except Exception:

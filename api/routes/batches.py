@@ -20,6 +20,7 @@ from models import batches, reading
 from models.submit import submit_batch
 from models.tables import Job
 from models.views import batch_view, job_view
+from visq import points
 from visq.errors import NotFound
 from visq.types import BatchRequest, BatchView, JobView, Page
 
@@ -57,7 +58,9 @@ async def submit(
         idempotency_key=idempotency_key,
         fingerprint=sent,
     )
+    points.reached("submit.accepted")
     here.maintenance.wake_for_windows()  # it lets the first items into the broker
+    points.reached("submit.answering")
     response.headers["Location"] = f"/v1/batches/{submitted.batch.id}"
     return batch_view(submitted.batch)
 

@@ -31,6 +31,7 @@ from models.moves import PENDING
 from models.submit import submit_job
 from models.tables import Job, JobEvent
 from models.views import event_view, job_view
+from visq import points
 from visq.errors import (
     IdempotencyConflict,
     ImageChanged,
@@ -119,7 +120,9 @@ async def submit(
         fingerprint=sent,
     )
     job = submitted.job
+    points.reached("submit.accepted")
     await here.delivery.parcel(submitted.queued)
+    points.reached("submit.answering")
     seconds = wait_of(prefer)
     if seconds is not None:
         with suppress(Unavailable):  # it is accepted, whatever happens from here on

@@ -109,17 +109,15 @@ class _Server:
             self._borrower.ended(number)
 
     def _report(self, engine: LocalEngine) -> None:
-        from worker.engine.native import NativeEngine
-
         while not engine.ended.wait(ALIVE_SECONDS):
             if self._report_waits:
                 continue  # behind a full pipe they would pile up
             self._report_waits = True
-            if isinstance(engine, NativeEngine):
-                self._outbox.put(Alive(engine.progress, engine.stats()))
-            else:  # it counts nothing; its requests are all in one thread
+            progress = engine.progress
+            if progress is None:  # it counts nothing; its requests are all in one thread
                 self._relayed += self._borrower.waits  # then it is not the engine that is slow
-                self._outbox.put(Alive(self._relayed, None))
+                progress = self._relayed
+            self._outbox.put(Alive(progress, engine.stats()))
 
     def _send_outbox(self) -> None:
         """In a thread of its own, so that a full pipe stops neither the model nor `_receive`: with

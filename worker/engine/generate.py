@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 class GenerateEngine:
     """An `Engine` in this process (`worker.engine.face` says what its methods promise)."""
 
+    progress = None
+    """It counts no steps."""
+
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
         self._generator = _Generator(self._loaded)

@@ -16,6 +16,7 @@ from models import dispatch, outbox
 from models.database import Database
 from models.outbox import OutboxEntry
 from models.outcomes import QueuedJob, Transition
+from visq import points
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.streams import CANCEL_CHANNEL, EventWriter
@@ -49,6 +50,7 @@ class Courier:
         try:
             if queued:
                 self.broker.publish_jobs(queued)
+                points.reached("jobs.published")
                 self._database.run(
                     dispatch.mark_published,
                     [job.id for job in queued],
@@ -77,7 +79,9 @@ class Courier:
         published: list[str] = []
         refusal: Unavailable | None = None
         refused_in_a_row = 0
-        for entry, refused in zip(entries, self._write_ends(entries), strict=True):
+        refusals = self._write_ends(entries)
+        points.reached("events.in_redis")
+        for entry, refused in zip(entries, refusals, strict=True):
             try:
                 if refused is not None:
                     raise Unavailable(f"Redis refuses a result ({refused})") from refused
@@ -90,6 +94,7 @@ class Courier:
             else:
                 refused_in_a_row = 0
                 published.append(entry.id)
+        points.reached("events.published")
         if published:
             self._database.run(outbox.done, published)
         if refusal is not None:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from models import batches, dispatch, jobs, outbox
 from models.database import Database
 from models.outcomes import Transition
+from visq import points
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.types import JobStatus
@@ -119,10 +120,12 @@ class Maintenance:
         )
         if not due:
             return
+        points.reached("jobs.reserved")
         try:
             if any(each.publishes > 1 for each in due):
                 due = self._without_those_in_the_broker(due)
             self._courier.broker.publish_jobs([each.job for each in due])
+            points.reached("jobs.published")
         except Unavailable:
             self._database.run(
                 dispatch.publish_again_now,
@@ -148,6 +151,7 @@ class Maintenance:
         """Publish result events whose process could not."""
         entries = self._database.run(outbox.reserve, CHUNK)
         if entries:
+            points.reached("events.reserved")
             self._courier.publish_events(entries)
         if len(entries) == CHUNK:
             self.wake()
@@ -166,6 +170,8 @@ class Maintenance:
                 log.exception("transition failed", job=job_id)
         # All at once: a broker that is away is waited for once, not for each job.
         done = [each for each in made if each is not None]
+        if done:
+            points.reached("jobs.rescued")
         self._courier.deliver_all(done)
         # A batch is being cancelled, and these items of it run.
         self._courier.nudge_cancel(
