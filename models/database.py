@@ -45,6 +45,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.types import TypeDecorator
 
+from visq import points
 from visq.errors import ConfigurationError, Unavailable
 
 P = ParamSpec("P")
@@ -245,7 +246,10 @@ class Database:
         :raises Unavailable: the database does not answer. The fate of the transaction is unknown.
         """
         with _typed_outage(), self._writer, self._sessions.begin() as session:
-            return function(session, *args, **kwargs)
+            result = function(session, *args, **kwargs)
+            points.reached("transaction.committing")
+        points.reached("transaction.committed")
+        return result
 
     def read(
         self,
@@ -336,6 +340,10 @@ class AsyncDatabase:
                 if read_only:
                     await session.connection(execution_options={"visq_read_only": True})
                 yield session
+                if not read_only:
+                    points.reached("transaction.committing")
+        if not read_only:
+            points.reached("transaction.committed")
 
 
 class TenantDatabase:
