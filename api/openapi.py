@@ -74,6 +74,12 @@ def example(value: object, *, location: bool = False) -> dict[str, Any]:
     return described
 
 
+def examples(named: dict[str, Any]) -> dict[str, Any]:
+    """Part of ``responses``: several examples of an answer, by what they show."""
+    shown = {name: {"value": value} for name, value in named.items()}
+    return {"content": {"application/json": {"examples": shown}}}
+
+
 def install(app: FastAPI, *more: type[BaseModel]) -> None:
     """Make `app` describe itself so; `more` are further types that FastAPI does not know of."""
 

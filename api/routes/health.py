@@ -15,12 +15,17 @@ from sqlalchemy.orm import Session
 
 from api import openapi
 from api.services import Here, Services
+from api.workers import Seen
+from models import dead_letters
 from models.tables import Job
 from visq.errors import Unavailable
+from visq.streams import WorkerFailure
 
 router = APIRouter(tags=["health"])
 
 CHECK_SECONDS: Final = 5.0
+MOST_DEAD_LETTERS: Final = 1000
+"""Counted at most: a probe comes every few seconds."""
 OK: Final = "ok"
 
 
@@ -36,11 +41,33 @@ class Readiness(BaseModel):
     """Name -> ``ok``, or what is wrong."""
     workers: int | None
     """Live workers; jobs are accepted without any. ``None``: Redis is away, so nobody knows."""
+    failed_workers: list[WorkerFailure]
+    """Workers that could not load their model in the last minutes, and why. They take no jobs."""
+    dead_letters: int | None
+    """Jobs that failed for a reason that may pass, with their attempts used up; 1000: so many or
+    more. ``None``: the database is away. `visq dead` shows them, and retries them."""
 
 
 DEPENDENCIES: Final = {"database": OK, "broker": OK, "redis": OK, "object_store": OK}
-READY: Final = {"status": "ready", "dependencies": DEPENDENCIES, "workers": 2}
-NOT_READY: Final = {
+READY: Final = {
+    "status": "ready",
+    "dependencies": DEPENDENCIES,
+    "workers": 2,
+    "failed_workers": [],
+    "dead_letters": 0,
+}
+NO_MODEL: Final = READY | {
+    "workers": 0,
+    "failed_workers": [
+        {
+            "host": "gpu-7",
+            "model": "/models/mine",
+            "reason": "VISQ_MODEL=/models/mine: the model cannot be loaded: no such folder",
+            "at": "2026-11-25T10:00:00Z",
+        }
+    ],
+}
+NOT_READY: Final = READY | {
     "status": "not_ready",
     "dependencies": DEPENDENCIES | {"redis": "does not answer"},
     "workers": None,
@@ -57,7 +84,16 @@ async def healthz() -> Health:
     operation_id="readyz",
     summary="Everything that this process needs answers",
     responses={
-        200: openapi.example(READY),
+        200: {
+            "description": (
+                "Requests are served, and jobs accepted: also while no worker lives, since jobs "
+                "wait. If that is because workers cannot load their model, `failed_workers` says "
+                "why."
+            ),
+            **openapi.examples(
+                {"ready": READY, "ready, but no worker could load its model": NO_MODEL}
+            ),
+        },
         503: {
             "model": Readiness,
             "description": "Something does not answer: `dependencies` says what.",
@@ -75,10 +111,13 @@ async def readyz(here: Here, response: Response) -> Readiness:
     found = dict(zip(checks, await asyncio.gather(*checks.values()), strict=True))
     ready = all(state == OK for state in found.values())
     response.status_code = 200 if ready else 503
+    seen = await _workers(here)
     return Readiness(
         status="ready" if ready else "not_ready",
         dependencies=found,
-        workers=await _workers(here),
+        workers=None if seen is None else len(seen.alive),
+        failed_workers=[] if seen is None else seen.failed,
+        dead_letters=await _dead_letters(here) if found["database"] == OK else None,
     )
 
 
@@ -103,8 +142,17 @@ async def _ping_redis(here: Services) -> None:
     await here.redis.ping()
 
 
-async def _workers(here: Services) -> int | None:
+async def _workers(here: Services) -> Seen | None:
     try:
-        return len(await here.workers.alive())
+        return await here.workers.look()
     except Unavailable:
+        return None
+
+
+async def _dead_letters(here: Services) -> int | None:
+    try:
+        return await asyncio.wait_for(
+            here.database.read(dead_letters.count, MOST_DEAD_LETTERS), CHECK_SECONDS
+        )
+    except (Unavailable, TimeoutError):
         return None

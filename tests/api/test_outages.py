@@ -153,6 +153,8 @@ def test_readiness_names_what_is_down(own_client: httpx2.Client, own_valkey: Val
             "database": "ok", "broker": "ok", "redis": "ok", "object_store": "ok",
         },
         "workers": 0,
+        "failed_workers": [],
+        "dead_letters": 0,
     }  # fmt: skip
     own_valkey.kill()
     seen = own_client.get("/readyz")
