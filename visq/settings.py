@@ -152,6 +152,9 @@ class Settings(BaseSettings):
     """Images that one worker fetches at a time."""
     fetch_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
     """Longest silence of the object store while an image is read."""
+    fetch_total_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Longest time that reading (or writing) one image may take in one attempt of a job, all tries
+    together. An attempt fails after it with ``image_fetch_failed``, which is tried again."""
     decode_processes: Annotated[int, Field(ge=1)] = 1
     """Media processes of one worker."""
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0

@@ -21,6 +21,7 @@ from visq.errors import (
     Unavailable,
 )
 from visq.objects import ObjectRef, ObjectStore, open_store, parse_uri
+from visq.objects import s3 as s3_module
 from visq.settings import Settings
 
 SECRET = "a-secret-that-no-message-may-hold"
@@ -91,7 +92,7 @@ class FaultyServer:
                 """Nothing: tests print enough."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def store(self) -> ObjectStore:
         return open_store(
@@ -111,7 +112,8 @@ class FaultyServer:
 
 
 @pytest.fixture
-def faulty() -> Iterator[FaultyServer]:
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    monkeypatch.setattr(s3_module, "_BACKOFF_SECONDS", 0.01)
     server = FaultyServer()
     yield server
     server.close()
@@ -170,13 +172,14 @@ def test_a_body_cut_off_once_is_read_again(faulty: FaultyServer) -> None:
     assert faulty.requests == 2
 
 
-def test_a_body_cut_off_twice_is_a_failed_fetch_and_never_a_short_image(
+def test_a_body_that_is_always_cut_off_is_a_failed_fetch_and_never_a_short_image(
     faulty: FaultyServer,
 ) -> None:
     faulty.answers = [body(b"half", announced=8)]
     with pytest.raises(ImageFetchFailed, match=r"s3://pictures/cat\.jpg") as raised:
         faulty.store().get(REF, max_bytes=LIMIT)
     assert raised.value.retryable
+    assert faulty.requests == 4, "tries of ours and of boto3 must not multiply"
 
 
 def test_the_limit_holds_when_the_server_announces_no_length(faulty: FaultyServer) -> None:
@@ -206,6 +209,29 @@ def test_a_server_error_is_tried_again(faulty: FaultyServer) -> None:
 def test_a_server_that_keeps_failing_is_a_failed_fetch(faulty: FaultyServer) -> None:
     faulty.answers = [error(500, "InternalError")]
     with pytest.raises(ImageFetchFailed, match="InternalError"):
+        faulty.store().get(REF, max_bytes=LIMIT)
+    assert faulty.requests == 4
+    with pytest.raises(Unavailable, match="InternalError"):
+        faulty.store().put(REF, b"x", "image/png")
+    assert faulty.requests == 8
+
+
+@pytest.mark.parametrize("text", [b"", b"<html>no gateway</html>", b"\xff\0<<<"])
+def test_an_error_that_is_not_of_s3_is_a_failed_fetch(faulty: FaultyServer, text: bytes) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(502)
+        handler.send_header("Content-Length", str(len(text)))
+        handler.end_headers()
+        handler.wfile.write(text)
+
+    faulty.answers = [answer]
+    with pytest.raises(ImageFetchFailed):
+        faulty.store().get(REF, max_bytes=LIMIT)
+
+
+def test_what_is_no_http_is_a_failed_fetch(faulty: FaultyServer) -> None:
+    faulty.answers = [lambda handler: handler.wfile.write(b"220 mail.example.com ESMTP\r\n")]
+    with pytest.raises(ImageFetchFailed):
         faulty.store().get(REF, max_bytes=LIMIT)
 
 
