@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from models.outcomes import ShownPicture, Work
-from visq.errors import ImageChanged, Unavailable
+from visq.errors import ImageChanged, ImageFetchFailed, Unavailable
 from visq.pixels import PixelBuffer
 from visq.types import ImagePart, Message, TextPart
 from worker.engine.face import EngineImage, KnownImage
@@ -50,18 +50,26 @@ def pictures_of(
     parts = _images([*(remembered.message for remembered in work.history), *turn])
     urls = list(dict.fromkeys(part.image_url.url for part in parts))
 
+    failed = threading.Event()
+
     def load(url: str) -> LoadedImage | None:
         """``None``: it is known and unchanged, or nobody wants it any more."""
-        if is_stopped():
+        if is_stopped() or failed.is_set():
             return None
-        if url in known:
-            return media.load_if_changed(url, work.tenant, known[url].picture.etag)
-        return media.load(url, work.tenant)
+        try:
+            if url in known:
+                return media.load_if_changed(url, work.tenant, known[url].picture.etag)
+            return media.load(url, work.tenant)
+        except ImageFetchFailed:
+            failed.set()  # a store that hangs is not waited for once more for each picture
+            raise
 
     with _Buffers() as buffers:
         fetches = {url: pool.submit(load, url) for url in urls[1:]}
-        # One of them in this thread, which would only wait.
+        # One of them in this thread, which would only wait. After it, those that the pool has not
+        # begun: its threads may all be with a bucket that hangs.
         fetches |= {url: _loaded(load, url) for url in urls[:1]}
+        fetches |= {url: _loaded(load, url) for url in urls[1:] if fetches[url].cancel()}
         wait(fetches.values())
         for fetch in fetches.values():
             if fetch.exception() is None and (loaded := fetch.result()) is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from visq.errors import ImageFetchFailed, ImageNotFound
 from visq.objects import FetchedObject, NotModified, ObjectRef, ObjectStore
 from worker.media.cache import CachedObject, DiskCache
+from worker.media.slots import Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,18 @@ class Fetcher:
     """
 
     def __init__(
-        self, store: ObjectStore, *, max_bytes: int, concurrency: int, cache: DiskCache | None
+        self,
+        store: ObjectStore,
+        *,
+        max_bytes: int,
+        concurrency: int,
+        cache: DiskCache | None,
+        patience: float = 60.0,
     ) -> None:
+        """:param patience: seconds that one waits for a bucket that answers nobody."""
         self._store = store
         self._max_bytes = max_bytes
-        self._slots = threading.BoundedSemaphore(concurrency)
+        self._slots = Slots(concurrency, patience)
         self._cache = cache
         self._lock = threading.Lock()
         self._flights: dict[tuple[ObjectRef, str | None], Future[EncodedImage | None]] = {}
@@ -63,7 +71,7 @@ class Fetcher:
                 flight = self._flights[ref, etag] = Future()
         if first:
             try:
-                with self._slots:
+                with self._slots.taken(ref):
                     found = self._fetch(ref) if etag is None else self._fetch_changed(ref, etag)
                     flight.set_result(found)
             except BaseException as error:

@@ -36,6 +36,7 @@ class Media:
             max_bytes=settings.max_image_bytes,
             concurrency=settings.fetch_concurrency,
             cache=_cache(settings, store),
+            patience=settings.fetch_total_seconds,
         )
         self._decoders = Decoders(
             settings.decode_processes,
