@@ -1,0 +1,308 @@
+"""The proof at the end of a round: each accepted job has come to one end, once, in its place.
+
+Reads the database, the events of the result queue and the values in Redis; it does not ask the
+processes that it checks. `tests/faults/test_checker.py` plants each kind of violation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, Final
+
+from sqlalchemy import Connection, create_engine, func, select
+from sqlalchemy.orm import Session
+
+from models.tables import Batch, ChatSession, Job, JobEvent, Message, Outbox
+from models.views import job_view
+from tests.faults.load import Asked, Ledger
+from tests.faults.played_engine import answer_to
+from visq import types
+from visq.types import BatchStatus, Prompt
+from visq.types import JobStatus as S
+
+LEGAL: Final = {
+    (None, S.QUEUED),
+    (None, S.WAITING),
+    (S.WAITING, S.QUEUED),
+    (S.WAITING, S.CANCELLED),
+    (S.QUEUED, S.RUNNING),
+    (S.QUEUED, S.CANCELLED),
+    (S.RUNNING, S.QUEUED),
+    (S.RUNNING, S.SUCCEEDED),
+    (S.RUNNING, S.FAILED),
+    (S.RUNNING, S.CANCELLED),
+}
+"""Of jobs without a deadline that nobody retries by a call."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A promise that was broken."""
+
+    kind: str
+    where: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}: {self.detail}"
+
+
+@dataclass
+class Evidence:
+    """What the world was told."""
+
+    events: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    """The CloudEvents from the result queue, by job id, repeats and all."""
+    values: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
+    """What Redis has of the ended jobs, by job id."""
+    lost_before: datetime | None = None
+    """Redis has lost what it held at this time (the database's clock): of jobs that ended before
+    it, neither event nor value need be there."""
+
+
+def read(database_url: str, after: str) -> Rows:
+    """All rows of jobs, and what belongs to them, with ids greater than `after`."""
+    engine = create_engine(database_url)
+    try:
+        with engine.connect() as connection:
+            return Rows.read(connection, after)
+    finally:
+        engine.dispose()
+
+
+@dataclass
+class Rows:
+    """The database at the end of a round."""
+
+    jobs: dict[str, Job]
+    events: dict[str, list[JobEvent]]
+    sessions: dict[str, ChatSession]
+    messages: dict[str, list[Message]]
+    batches: dict[str, Batch]
+    outbox: int
+    running_elsewhere: int
+
+    @classmethod
+    def read(cls, connection: Connection, after: str) -> Rows:
+        with Session(connection, expire_on_commit=False) as session:
+            jobs = {job.id: job for job in session.scalars(select(Job).where(Job.id > after))}
+            events: dict[str, list[JobEvent]] = defaultdict(list)
+            for event in session.scalars(
+                select(JobEvent).where(JobEvent.job_id > after).order_by(JobEvent.id)
+            ):
+                events[event.job_id].append(event)
+            session_ids = {job.session_id for job in jobs.values() if job.session_id is not None}
+            messages: dict[str, list[Message]] = defaultdict(list)
+            for message in session.scalars(
+                select(Message)
+                .where(Message.session_id.in_(session_ids))
+                .order_by(Message.turn, Message.position)
+            ):
+                messages[message.session_id].append(message)
+            batch_ids = {job.batch_id for job in jobs.values() if job.batch_id is not None}
+            return cls(
+                jobs=jobs,
+                events=events,
+                sessions={
+                    row.id: row
+                    for row in session.scalars(
+                        select(ChatSession).where(ChatSession.id.in_(session_ids))
+                    )
+                },
+                messages=messages,
+                batches={
+                    row.id: row
+                    for row in session.scalars(select(Batch).where(Batch.id.in_(batch_ids)))
+                },
+                outbox=session.scalar(select(func.count()).select_from(Outbox)) or 0,
+                running_elsewhere=session.scalar(
+                    select(func.count()).where(Job.id <= after, Job.finished_at.is_(None))
+                )
+                or 0,
+            )
+
+
+def check(ledger: Ledger, rows: Rows, evidence: Evidence) -> list[Violation]:
+    """Everything that is wrong; empty: all promises were kept."""
+    return list(_Check(ledger, rows, evidence).violations())
+
+
+class _Check:
+    def __init__(self, ledger: Ledger, rows: Rows, evidence: Evidence) -> None:
+        self._ledger = ledger
+        self._rows = rows
+        self._evidence = evidence
+
+    def violations(self) -> Iterator[Violation]:
+        for problem in self._ledger.problems:
+            yield Violation("client", "load", problem)
+        asked: dict[str, Asked] = {}
+        for job_id, each in self._ledger.jobs.items():
+            if job_id in self._rows.jobs:
+                asked[job_id] = each
+            else:
+                yield Violation("lost", job_id, "was accepted, and is not in the database")
+        for batch_id, items in self._ledger.batches.items():
+            yield from self._batch(batch_id, items, asked)
+        for job_id in self._rows.jobs.keys() - asked.keys():
+            yield Violation("doubled", job_id, "nobody has asked for this job")
+        for job_id, each in asked.items():
+            yield from self._job(self._rows.jobs[job_id], each)
+        for session_id, turns in self._ledger.turns.items():
+            yield from self._session(session_id, turns)
+        if self._rows.outbox:
+            yield Violation("left behind", "outbox", f"{self._rows.outbox} entries")
+        if self._rows.running_elsewhere:
+            yield Violation(
+                "left behind", "jobs", f"{self._rows.running_elsewhere} of earlier rounds"
+            )
+
+    # --- a job -------------------------------------------------------------------------------
+
+    def _job(self, job: Job, asked: Asked) -> Iterator[Violation]:
+        if not job.status.is_terminal:
+            yield Violation("lost", job.id, f"is still {job.status}")
+            return
+        expected = {S.SUCCEEDED}
+        if asked.poison:
+            expected = {S.FAILED}
+        elif asked.may_be_cancelled:
+            expected = {S.SUCCEEDED, S.CANCELLED}
+        if job.status not in expected:
+            why = f"{job.error_code}: {job.error_message}"
+            yield Violation("wrong end", job.id, f"{job.status} after {job.attempt} ({why})")
+        if job.lease_expires_at is not None or job.publish_at is not None:
+            yield Violation("left behind", job.id, "an ended job has a lease or is to be published")
+        if asked.poison and job.dead_at is None:
+            yield Violation("wrong end", job.id, "a poison job is no dead letter")
+        if not asked.poison and job.failures:
+            yield Violation("blamed", job.id, f"{job.failures} failures that were not its own")
+        yield from self._history(job)
+        if job.status is S.SUCCEEDED:
+            yield from self._answer(job, asked)
+        yield from self._told(job)
+
+    def _history(self, job: Job) -> Iterator[Violation]:
+        events = self._rows.events.get(job.id, [])
+        steps = [(event.from_status, event.to_status) for event in events]
+        if not steps or steps[0][0] is not None:
+            yield Violation("history", job.id, "does not begin with its submission")
+            return
+        for before, after in pairwise(steps):
+            if before[1] is not after[0]:
+                yield Violation("history", job.id, f"{before[1]} is followed by {after}")
+        for step in steps:
+            if step not in LEGAL:
+                yield Violation("history", job.id, f"{step} is no legal step")
+        ends = [to for _, to in steps if to.is_terminal]
+        if ends != [job.status]:
+            yield Violation("history", job.id, f"ends {ends}, and the job is {job.status}")
+        claims = [event.attempt for event in events if event.to_status is S.RUNNING]
+        if claims != list(range(1, job.attempt + 1)):
+            yield Violation("history", job.id, f"claims {claims} for attempt {job.attempt}")
+
+    def _answer(self, job: Job, asked: Asked) -> Iterator[Violation]:
+        if asked.prompt not in str(job.request):
+            yield Violation("wrong answer", job.id, "the request is not what was asked")
+        text = (job.result or {}).get("text")
+        author = int((job.worker or "::0").split(":")[1] or 0)
+        expected = answer_to(*self._shown(job), author)
+        if text != expected:
+            yield Violation("wrong answer", job.id, f"{text!r} in place of {expected!r}")
+
+    def _shown(self, job: Job) -> tuple[list[types.Message], list[str]]:
+        """What the engine must have been shown: the turns before, and this one."""
+        earlier = [
+            types.Message.model_validate({"role": row.role, "content": row.content})
+            for row in self._rows.messages.get(job.session_id or "", [])
+            if row.turn < (job.turn or 0)
+        ]
+        request = {k: v for k, v in job.request.items() if k != "on_image_change"}
+        messages = [*earlier, *Prompt.model_validate(request).as_messages()]
+        pictures = [
+            self._ledger.pictures[part.image_url.url]
+            for message in messages
+            for part in message.parts()
+            if isinstance(part, types.ImagePart)
+        ]
+        return messages, pictures
+
+    def _told(self, job: Job) -> Iterator[Violation]:
+        view = job_view(job).model_dump(mode="json")
+        events = self._evidence.events.get(job.id, [])
+        lost = self._evidence.lost_before
+        may_miss = lost is not None and job.finished_at is not None and job.finished_at <= lost
+        if not events and not may_miss:
+            yield Violation("untold", job.id, "no result event came")
+        if len({event["id"] for event in events}) > 1:
+            yield Violation("told twice", job.id, "its events have different ids")
+        for event in events:
+            if event["data"] != view:
+                yield Violation("told wrongly", job.id, "an event is not what the row says")
+                break
+        value = self._evidence.values.get(job.id)
+        if value is None and not may_miss:
+            yield Violation("untold", job.id, "Redis has no result")
+        if value is not None and value != view:
+            yield Violation("told wrongly", job.id, "Redis says something else than the row")
+
+    # --- sessions and batches ----------------------------------------------------------------
+
+    def _session(self, session_id: str, accepted: Sequence[str]) -> Iterator[Violation]:
+        jobs = [self._rows.jobs[id_] for id_ in accepted if id_ in self._rows.jobs]
+        turns = [job.turn for job in jobs]
+        if turns != list(range(1, len(accepted) + 1)):
+            yield Violation("out of order", session_id, f"turns {turns}")
+        row = self._rows.sessions.get(session_id)
+        if row is not None and row.turns != len(accepted):
+            yield Violation("out of order", session_id, f"counts {row.turns} turns")
+        for before, after in pairwise(jobs):
+            if before.finished_at and after.started_at and before.finished_at > after.started_at:
+                yield Violation("out of order", session_id, f"turn {after.turn} ran too early")
+        kept = [
+            (row.turn, row.position, row.role, row.job_id) for row in self._messages(session_id)
+        ]
+        expected = [
+            (job.turn, position, role, job.id)
+            for job in jobs
+            if job.status is S.SUCCEEDED
+            for position, role in enumerate(("user", "assistant"))
+        ]
+        if kept != expected:
+            yield Violation("out of order", session_id, f"the history is {kept}")
+        for job in jobs:
+            said = [row for row in self._messages(session_id) if row.job_id == job.id][1:]
+            text = (job.result or {}).get("text")
+            if said and said[0].content != [{"type": "text", "text": text}]:
+                yield Violation("out of order", session_id, f"turn {job.turn} is kept wrongly")
+
+    def _messages(self, session_id: str) -> Sequence[Message]:
+        return self._rows.messages.get(session_id, [])
+
+    def _batch(
+        self, batch_id: str, items: Mapping[str, Asked], asked: dict[str, Asked]
+    ) -> Iterator[Violation]:
+        batch = self._rows.batches.get(batch_id)
+        if batch is None:
+            yield Violation("lost", batch_id, "was accepted, and is not in the database")
+            return
+        rows = [job for job in self._rows.jobs.values() if job.batch_id == batch_id]
+        by_name = {job.custom_id: job for job in rows}
+        if len(rows) != len(items) or by_name.keys() != items.keys():
+            yield Violation("lost", batch_id, f"has {len(rows)} items of {len(items)}")
+        asked |= {by_name[name].id: items[name] for name in by_name.keys() & items.keys() if name}
+        counted = Counter(job.status for job in rows)
+        counters = {
+            S.SUCCEEDED: batch.succeeded,
+            S.FAILED: batch.failed,
+            S.CANCELLED: batch.cancelled,
+            S.EXPIRED: batch.expired,
+        }
+        if batch.total != len(items) or any(counted[s] != n for s, n in counters.items()):
+            yield Violation("counters", batch_id, f"says {counters}, the rows say {counted}")
+        if batch.status is not BatchStatus.COMPLETED or batch.finished_at is None:
+            yield Violation("counters", batch_id, f"is {batch.status} at the end")
