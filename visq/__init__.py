@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from visq.client import AsyncClient, Client
     from visq.consumer import Event, consume
+    from visq.consumer_dead import bring_back
     from visq.errors import VisqError
     from visq.pipeline import (
         ChatTemplateConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "TurbomindEngineConfig",
     "VisionConfig",
     "VisqError",
+    "bring_back",
     "consume",
     "load_image",
     "pipeline",
@@ -68,6 +70,7 @@ _HOMES: Final = {
     "TurbomindEngineConfig": "visq.pipeline",
     "VisionConfig": "visq.pipeline",
     "VisqError": "visq.errors",
+    "bring_back": "visq.consumer_dead",
     "consume": "visq.consumer",
     "load_image": "visq.vl",
     "pipeline": "visq.pipeline",

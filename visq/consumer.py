@@ -4,6 +4,17 @@ The message is acknowledged after the handler has returned, and delivered again 
 process died; so a handler may see a result twice. Repeats that this process has handled are dropped
 by the event's id; a handler whose effect must happen once keeps the ids in its own transaction
 (docs/consumers.md).
+
+How a message goes when its handler does not succeed::
+
+    queue ──> handler raises ──> held back here for a pause ──> queue
+      │       consumer dies  ──> the broker delivers it again ──> counted ──> queue
+      └─ one delivery is left ──> queue.suspects ──> handled alone ──> queue.dead
+
+What goes back is a copy whose headers count (visq/consumer_events.py). A process that dies takes
+with it what the broker had sent in advance, and those messages are counted too; so the last
+delivery is one in which a message is fetched alone, when its handler begins. Who dies then is to
+blame, and nobody beside it.
 """
 
 from __future__ import annotations
@@ -14,41 +25,43 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from typing import Any, Final
 
-from amqp.exceptions import PreconditionFailed
+from amqp.exceptions import MessageNacked
 from kombu import Connection, Consumer, Exchange, Message, Queue
 from kombu.exceptions import OperationalError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from visq.client.servers import find_broker
 from visq.cloudevents import RESULTS_EXCHANGE
-from visq.consumer_redis import Held, connect
-from visq.errors import ConfigurationError
-from visq.types import JobView
+from visq.consumer_dead import dead_queue
+from visq.consumer_events import (
+    ENDED,
+    Event,
+    Failure,
+    copy_of,
+    failed_copy_of,
+    is_dead,
+    was_redelivered,
+)
+from visq.consumer_queues import declare, send
+from visq.consumer_redis import Held, bind_again, connect, stop_taking
+
+__all__ = ["Event", "Failure", "consume"]
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS: Final = 0.5
 """How long one look at the broker waits; `stop` is heeded this fast."""
+UPKEEP_SECONDS: Final = 1.0
+"""Between two looks for suspects; on Redis also between two writes of the bindings."""
 FIRST_PAUSE: Final = 1.0
 """Seconds before the first repeat, of a failed message or a failed connection; doubles."""
-
-
-class Event(BaseModel):
-    """That a job has ended: the CloudEvents 1.0 envelope, and the job in it."""
-
-    id: str
-    """The same when the event is delivered or published again."""
-    type: str
-    """``visq.job.succeeded``, ``.failed``, ``.cancelled`` or ``.expired``."""
-    time: datetime
-    tenant: str = Field(validation_alias="visqtenant")
-    job: JobView = Field(validation_alias="data")
+MAX_DELIVERIES: Final = 20
+"""With the pauses of `consume`'s defaults, a handler may fail for seven minutes."""
 
 
 def consume(
@@ -62,6 +75,7 @@ def consume(
     on_ready: Callable[[], object] = lambda: None,
     redeliver_after: float = 60.0,
     max_pause: float = 30.0,
+    max_deliveries: int | None = MAX_DELIVERIES,
     remember: int = 10_000,
 ) -> None:
     """Call `handler` with each result that comes into `queue`, until `stop` is set.
@@ -86,8 +100,10 @@ def consume(
     :param redeliver_after: on Redis, seconds after which the message of a dead consumer goes to
         another (RabbitMQ notices a death at once). A handler may take longer.
     :param max_pause: longest pause, in seconds, before a failed message is given back.
+    :param max_deliveries: an event whose handler has raised, or whose consumer has died, so often
+        goes to the queue ``<queue>.dead`` (`visq.bring_back` moves it back). None: never.
     :param remember: ids of handled events to keep in memory.
-    :raises ConfigurationError: no broker is known, or `queue` exists in another form.
+    :raises ConfigurationError: no broker is known.
     """
     patterns = [topics] if isinstance(topics, str) else list(topics)
     _Consumer(
@@ -100,12 +116,13 @@ def consume(
         on_ready=on_ready,
         redeliver_after=redeliver_after,
         max_pause=max_pause,
+        max_deliveries=max_deliveries,
         remember=remember,
     ).run()
 
 
 class _Consumer:
-    """One consumer: connects, takes messages, gives failed ones back, connects again."""
+    """Connects, again and again, and remembers over connections which events were handled."""
 
     def __init__(
         self,
@@ -119,141 +136,248 @@ class _Consumer:
         on_ready: Callable[[], object],
         redeliver_after: float,
         max_pause: float,
+        max_deliveries: int | None,
         remember: int,
     ) -> None:
-        self._name = queue
-        self._handler = handler
+        self.name = queue
+        self.suspects = f"{queue}.suspects"
+        self.handler = handler
+        self.patterns = patterns
+        self.prefetch = prefetch
+        self.stop = stop
+        self.on_ready = on_ready
+        self.redeliver_after = redeliver_after
+        self.max_deliveries = max_deliveries or None
+        self.handled = _Recent(remember)
         self._url = broker_url
-        self._patterns = patterns
-        self._prefetch = prefetch
-        self._stop = stop
-        self._on_ready = on_ready
-        self._redeliver_after = redeliver_after
         self._max_pause = max_pause
-        self._handled = _Recent(remember)
-        self._failures = _Recent(remember)
-        self._waiting: list[tuple[float, int, Message]] = []
-        """Failed messages: when to give them back, a number, and the message."""
-        self._numbers = itertools.count()
 
     def run(self) -> None:
         outages = 0
-        while not self._stop.is_set():
-            connection = connect(self._url, self._name, self._redeliver_after)
+        while not self.stop.is_set():
+            connection = connect(self._url, self.name, self.redeliver_after)
             started = time.monotonic()
             try:
-                self._consume(connection)
-            except PreconditionFailed as error:
-                raise ConfigurationError(
-                    f"the queue {self._name!r} exists on the broker in another form: {error}"
-                ) from error
-            except _outages(connection) as error:
-                self._waiting.clear()  # the broker delivers them again
+                connection.ensure_connection(max_retries=1, timeout=5)
+                _Connected(self, connection).consume()
+            except _outages(connection) as error:  # the broker delivers again what was held
                 outages = 1 if time.monotonic() - started > self._max_pause else outages + 1
-                pause = self._pause(outages)
+                pause = self.pause(outages)
                 log.warning("the broker is away (%s); trying again in %.1f s", error, pause)
-                self._stop.wait(pause)
+                self.stop.wait(pause)
             finally:
                 with suppress(*_outages(connection)):
                     connection.release()
 
-    def _consume(self, connection: Connection) -> None:
-        connection.ensure_connection(max_retries=1, timeout=5)
-        channel: Any = connection.default_channel
-        queue = self._declare(channel)
-        with (
-            Held(channel, self._redeliver_after) as held,
-            Consumer(
-                channel,
-                [queue],
-                on_message=lambda message: self._take(message, held),
-                prefetch_count=self._prefetch,
-            ),
-        ):
-            log.info("consuming %s", self._name)
-            self._on_ready()
-            while not self._stop.is_set():
-                with suppress(TimeoutError):
-                    connection.drain_events(timeout=self._give_back(held, time.monotonic()))
-            self._give_back(held, math.inf)
-
-    def _declare(self, channel: Any) -> Queue:
-        queue = Queue(self._name, durable=True)(channel)
-        queue.declare()
-        if self._patterns:
-            exchange = Exchange(RESULTS_EXCHANGE, type="topic", durable=True)(channel)
-            exchange.declare()
-            for pattern in self._patterns:
-                queue.bind_to(exchange, routing_key=pattern)
-        return queue
-
-    def _take(self, message: Message, held: Held) -> None:
-        """Handle one message."""
-        held.add(message)
-        try:
-            event = Event.model_validate_json(message.body or "")
-        except ValidationError as error:
-            log.error("dropping a message of %s that is no result: %s", self._name, error)
-            message.reject()
-        else:
-            try:
-                done = self._handle(event)
-            except BaseException:  # Ctrl-C: another consumer gets it at once
-                message.requeue()
-                raise
-            if not done:
-                due = time.monotonic() + self._pause(self._failures.count(event.id))
-                heapq.heappush(self._waiting, (due, next(self._numbers), message))
-                return
-            message.ack()
-        held.remove(message)
-
-    def _handle(self, event: Event) -> bool:
-        """Whether the event is done with."""
-        if self._handled.count(event.id):
-            log.info("dropping a repeat of event %s", event.id)
-            return True
-        try:
-            self._handler(event)
-        except Exception:
-            self._failures.note(event.id)
-            log.exception("the handler failed on event %s; it will be delivered again", event.id)
-            return False
-        self._handled.note(event.id)
-        return True
-
-    def _give_back(self, held: Held, now: float) -> float:
-        """Return the failed messages that are due to the queue; seconds until a next one may be."""
-        while self._waiting:
-            due, _, message = self._waiting[0]
-            if due > now:
-                return min(due - now, IDLE_SECONDS)
-            heapq.heappop(self._waiting)
-            message.requeue()
-            held.remove(message)
-        return IDLE_SECONDS
-
-    def _pause(self, failures: int) -> float:
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
         return min(self._max_pause, FIRST_PAUSE * 2.0 ** min(failures - 1, 16))
 
 
+class _Connected:
+    """One connection of a consumer, and the messages that it holds."""
+
+    def __init__(self, consumer: _Consumer, connection: Connection) -> None:
+        self._consumer = consumer
+        self._connection = connection
+        self._channel: Any = connection.default_channel
+        self._side: Any = connection.channel()
+        """For what is sent or fetched singly; an error there must not be taken for the queue's."""
+        self._held = Held(self._channel, consumer.redeliver_after)
+        self._inbox: deque[Message] = deque()
+        """Messages that came, maybe while a confirmation was awaited; handled one by one."""
+        self._waiting: list[tuple[float, int, Message, Failure]] = []
+        """Failed messages: when to give them back, a number, and the message."""
+        self._numbers = itertools.count()
+        self._upkeep_due = 0.0
+
+    def consume(self) -> None:
+        """Until the consumer is to stop."""
+        consumer = self._consumer
+        queue = self._declare()
+        with (
+            self._held,
+            Consumer(
+                self._channel,
+                [queue],
+                on_message=self._receive,
+                auto_declare=False,
+                prefetch_count=consumer.prefetch,
+            ),
+        ):
+            log.info("consuming %s", consumer.name)
+            consumer.on_ready()
+            while not consumer.stop.is_set():
+                now = time.monotonic()
+                wait = self._give_back(now)
+                if now >= self._upkeep_due:
+                    self._upkeep()
+                elif self._inbox:
+                    self._take(self._inbox.popleft())
+                else:
+                    with suppress(TimeoutError):
+                        self._connection.drain_events(timeout=wait)
+        # Only now, or what is given back would come here once more.
+        stop_taking(self._channel, self._side, [*self._inbox, *(held[2] for held in self._waiting)])
+        self._give_back(math.inf)
+        for message in self._inbox:
+            self._move(message, consumer.name, _failure_of(message))
+
+    def _declare(self) -> Queue:
+        consumer = self._consumer
+        queue = declare(self._connection, consumer.name)
+        if consumer.max_deliveries is not None:
+            declare(self._connection, consumer.suspects)
+        if consumer.patterns:
+            exchange = Exchange(RESULTS_EXCHANGE, type="topic", durable=True)(self._channel)
+            exchange.declare()
+            for pattern in consumer.patterns:
+                queue.bind_to(exchange, routing_key=pattern)
+        return queue
+
+    def _receive(self, message: Message) -> None:
+        self._held.add(message)
+        self._inbox.append(message)
+
+    def _upkeep(self) -> None:
+        """Handle one suspect, if there is one; see to the bindings."""
+        self._upkeep_due = time.monotonic() + UPKEEP_SECONDS
+        consumer = self._consumer
+        bind_again(self._side, consumer.name, RESULTS_EXCHANGE, consumer.patterns)
+        if consumer.max_deliveries is None:
+            return
+        message = Queue(consumer.suspects)(self._side).get()
+        if message is not None:
+            self._held.add(message)
+            self._take(message, alone=True)
+            self._upkeep_due = 0.0  # there may be more
+
+    def _take(self, message: Message, *, alone: bool = False) -> None:
+        """Handle one message, or send it where it belongs.
+
+        :param alone: it is from the queue of suspects.
+        """
+        consumer = self._consumer
+        limit = consumer.max_deliveries
+        try:
+            event = Event.model_validate_json(message.body or "")
+        except ValidationError as error:
+            self._refuse(message, error)
+            return
+        if consumer.handled.has(event.id):
+            log.info("dropping a repeat of event %s", event.id)
+            self._settle(message)
+            return
+        failure = _failure_of(message)
+        deliveries = 0 if failure is None else failure.deliveries
+        if limit is not None and failure is not None and deliveries >= limit:
+            self._bury(message, failure)
+        elif limit is not None and deliveries == limit - 1 and not alone:
+            self._move(message, consumer.suspects, failure)
+            self._upkeep_due = 0.0
+        elif was_redelivered(
+            message
+        ):  # the count must be in the headers before the handler can end us
+            self._move(message, consumer.suspects if alone else consumer.name, failure)
+        else:
+            event.failure = Failure.of(message)
+            self._handle(message, event, failure)
+
+    def _handle(self, message: Message, event: Event, failure: Failure | None) -> None:
+        consumer = self._consumer
+        try:
+            consumer.handler(event)
+        except Exception as error:
+            failure = Failure.after(failure, type(error).__name__, str(error))
+            if consumer.max_deliveries is None or failure.deliveries < consumer.max_deliveries:
+                log.exception("the handler failed on event %s; it will come again", event.id)
+                due = time.monotonic() + consumer.pause(failure.deliveries)
+                heapq.heappush(self._waiting, (due, next(self._numbers), message, failure))
+            else:
+                log.exception("the handler failed on event %s", event.id)
+                self._bury(message, failure)
+        except BaseException:  # Ctrl-C: another consumer gets it at once
+            message.requeue()
+            raise
+        else:
+            consumer.handled.note(event.id)
+            self._settle(message)
+
+    def _give_back(self, now: float) -> float:
+        """Return the failed messages that are due to the queue; seconds until a next one may be."""
+        while self._waiting:
+            due, _, message, failure = self._waiting[0]
+            if due > now:
+                return min(due - now, IDLE_SECONDS)
+            heapq.heappop(self._waiting)
+            self._move(message, self._consumer.name, failure)
+        return IDLE_SECONDS
+
+    def _refuse(self, message: Message, error: ValidationError) -> None:
+        """A message that is no result: the handler is not called."""
+        name = self._consumer.name
+        if self._consumer.max_deliveries is None:
+            log.error("dropping a message of %s that is no result: %s", name, error)
+            self._settle(message)
+        else:
+            self._bury(message, Failure.after(None, type(error).__name__, str(error)))
+
+    def _bury(self, message: Message, failure: Failure) -> None:
+        consumer = self._consumer
+        log.error(
+            "message %s of %s is a dead letter after %d deliveries: %s: %s",
+            message.properties.get("message_id"),
+            consumer.name,
+            failure.deliveries,
+            failure.error,
+            failure.message,
+        )
+        letter = failed_copy_of(message, failure, dead_from=consumer.name)
+        send(self._side, dead_queue(consumer.name), **letter)
+        self._settle(message)
+
+    def _move(self, message: Message, queue: str, failure: Failure | None) -> None:
+        """Put a copy into `queue`, then acknowledge: between the two it may be there twice."""
+        copy = copy_of(message) if failure is None else failed_copy_of(message, failure)
+        send(self._side, queue, **copy)
+        self._settle(message)
+
+    def _settle(self, message: Message) -> None:
+        message.ack()
+        self._held.remove(message)
+
+
+def _failure_of(message: Message) -> Failure | None:
+    """What became of its deliveries from this queue; None if this is the first."""
+    failure = None if is_dead(message) else Failure.of(message)
+    if was_redelivered(message):
+        return Failure.after(failure, ENDED, "a consumer ended before it was done with it")
+    return failure
+
+
 class _Recent:
-    """How often each of the last ids was noted."""
+    """The last so many ids that were noted."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._ids: OrderedDict[str, None] = OrderedDict()
 
-    def count(self, event_id: str) -> int:
-        return self._counts.get(event_id, 0)
+    def has(self, event_id: str) -> bool:
+        return event_id in self._ids
 
     def note(self, event_id: str) -> None:
-        self._counts[event_id] = self.count(event_id) + 1
-        self._counts.move_to_end(event_id)
-        if len(self._counts) > self._size:
-            self._counts.popitem(last=False)
+        self._ids[event_id] = None
+        self._ids.move_to_end(event_id)
+        if len(self._ids) > self._size:
+            self._ids.popitem(last=False)
 
 
 def _outages(connection: Connection) -> tuple[type[Exception], ...]:
-    """What an unreachable or restarting broker raises."""
-    return (*connection.connection_errors, *connection.channel_errors, OperationalError, OSError)
+    """What an unreachable or restarting broker raises, or one that refuses a message."""
+    return (
+        *connection.connection_errors,
+        *connection.channel_errors,
+        OperationalError,
+        MessageNacked,
+        OSError,
+    )

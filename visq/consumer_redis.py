@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -47,6 +48,7 @@ def connect(url: str, queue: str, redeliver_after: float) -> Connection:
     """A connection (not yet made) for a consumer of `queue`, to Redis or another broker."""
     connection = Connection(url)
     if connection.transport_cls not in ("redis", "rediss"):
+        connection.transport_options = {"confirm_publish": True}
         return connection
     connection.transport_cls = QueueTransport  # type: ignore[assignment]  # kombu takes a class too
     connection.transport_options = {
@@ -61,6 +63,34 @@ def connect(url: str, queue: str, redeliver_after: float) -> Connection:
         "health_check_interval": 10,
     }
     return connection
+
+
+def bind_again(channel: Any, queue: str, exchange: str, patterns: Sequence[str]) -> None:
+    """Write the bindings of `queue` once more: a Redis that was flushed has lost them.
+
+    Without it the queue would get nothing until its consumer connects again.
+    """
+    if isinstance(channel, kombu_redis.Channel):
+        bind: Callable[..., None] = getattr(channel, "_queue_bind")  # noqa: B009  # not typed
+        for pattern in patterns:
+            bind(exchange, *channel.typeof(exchange).prepare_bind(queue, exchange, pattern, {}))
+
+
+def stop_taking(channel: Any, other: Any, held: Sequence[Message]) -> None:
+    """End what a cancelled consumer leaves behind: a BRPOP that would take one message more.
+
+    :param other: the channel on which the messages `held` can be acknowledged then.
+    """
+    if isinstance(channel, kombu_redis.Channel):
+        channel.close()  # reads the answer, and puts back what came with it
+        for message in held:
+            message.channel = other
+
+
+def give_back_overdue(channel: Any) -> None:
+    """Put the messages of dead processes back; a channel that consumes does so by itself."""
+    if isinstance(channel, kombu_redis.Channel):
+        channel.qos.restore_visible(num=None, interval=1)
 
 
 class Held:

@@ -5,62 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from amqp.exceptions import NotFound, PreconditionFailed
 from kombu import Connection, Queue
 
 from tests.servers import RabbitMQ, Valkey
+from tests.visq.consuming import SOON, consuming, depth
 from tests.visq.result_events import ended_job, event_of, publisher
 from tests.waiting import until
 from visq import consume
 from visq.consumer import Event
-from visq.errors import ConfigurationError
+from visq.errors import ConfigurationError, Unavailable
 from visq.types import JobKind, JobStatus
-
-SOON = 30.0
-"""Seconds; a deadline, not an expectation."""
-
-
-@contextmanager
-def consuming(
-    broker_url: str, queue: str, handler: Callable[[Event], object], **options: Any
-) -> Iterator[threading.Semaphore]:
-    """Run `consume` in a thread; entered when its queue is there.
-
-    Gives a semaphore that is released when it is connected again.
-    """
-    stop = threading.Event()
-    connected = threading.Semaphore(0)
-    options = {"topics": "acme.#", "max_pause": 0.1, "redeliver_after": 2.0} | options
-    thread = threading.Thread(
-        target=consume,
-        args=(queue, handler),
-        kwargs={
-            "broker_url": broker_url,
-            "stop": stop,
-            "on_ready": connected.release,
-            **options,
-        },
-    )
-    thread.start()
-    assert connected.acquire(timeout=SOON)
-    try:
-        yield connected
-    finally:
-        stop.set()
-        thread.join(SOON)
-        assert not thread.is_alive(), "consume() did not stop"
-
-
-def depth(broker_url: str, queue: str) -> int:
-    """Messages that wait in `queue`, not counting those that consumers hold."""
-    with Connection(broker_url) as connection:
-        declared = Queue(queue, durable=True)(connection.default_channel)
-        return int(declared.queue_declare().message_count)
 
 
 def test_a_handler_gets_the_event_as_types(broker_url: str) -> None:
@@ -150,21 +110,6 @@ def test_repeats_are_dropped_by_id(broker_url: str) -> None:
             broker.publish_result(published)
         until(lambda: last["id"] in seen, SOON, "the last event")
     assert seen == [event["id"], last["id"]]
-
-
-def test_a_message_that_is_no_result_is_dropped(broker_url: str) -> None:
-    seen: list[str] = []
-    with (
-        consuming(broker_url, "odd", lambda event: seen.append(event.id)),
-        publisher(broker_url) as broker,
-        Connection(broker_url) as connection,
-    ):
-        connection.Producer().publish({"hello": 1}, routing_key="odd")
-        event = event_of(ended_job())
-        broker.publish_result(event)
-        until(lambda: seen, SOON, "the event after it")
-    assert seen == [event["id"]]
-    assert depth(broker_url, "odd") == 0
 
 
 HANGS = """
@@ -307,9 +252,62 @@ def test_no_known_broker_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         consume("queue", print)
 
 
-def test_a_queue_that_exists_in_another_form_is_an_error(rabbitmq: RabbitMQ) -> None:
+def test_a_queue_that_exists_in_another_form_is_used_as_it_is(rabbitmq: RabbitMQ) -> None:
+    url = rabbitmq.create_virtual_host()
+    got: list[Event] = []
+    with Connection(url) as connection:
+        Queue("other", durable=True, max_length=30)(connection.default_channel).declare()
+    with consuming(url, "other", got.append), publisher(url) as broker:
+        broker.publish_result(event_of(ended_job()))
+        until(lambda: got, SOON, "the event")
+
+
+def test_the_queues_of_results_are_quorum_queues(rabbitmq: RabbitMQ) -> None:
+    """Declaring one again as a classic queue, which is the default, is refused."""
+    url = rabbitmq.create_virtual_host()
+
+    def refuses(_: Event) -> None:
+        raise RuntimeError("never")
+
+    with consuming(url, "mine", refuses, max_deliveries=1), publisher(url) as broker:
+        broker.publish_result(event_of(ended_job(result_queue="reports")))
+        names = ["mine", "mine.suspects", "mine.dead", "visq.results.acme.reports"]
+        until(lambda: all(exists(url, name) for name in names), SOON, "the queues")
+    for name in names:
+        with Connection(url) as connection, pytest.raises(PreconditionFailed, match="quorum"):
+            Queue(name, durable=True)(connection.default_channel).declare()
+
+
+def exists(url: str, name: str) -> bool:
+    try:
+        depth(url, name)
+    except NotFound:
+        return False
+    return True
+
+
+def test_a_result_queue_that_was_deleted_is_made_again(rabbitmq: RabbitMQ) -> None:
+    """What is published to a queue that is gone would be dropped, and confirmed."""
+    broker_url = rabbitmq.create_virtual_host()
+    job = ended_job(result_queue="reports")
+    with publisher(broker_url) as broker:
+        broker.publish_result(event_of(job))
+        with Connection(broker_url) as connection:
+            Queue("visq.results.acme.reports")(connection.default_channel).delete()
+        broker.publish_result(event_of(job))
+    assert depth(broker_url, "visq.results.acme.reports") == 1
+
+
+def test_a_result_that_its_queue_refuses_is_an_error(rabbitmq: RabbitMQ) -> None:
     url = rabbitmq.create_virtual_host()
     with Connection(url) as connection:
-        Queue("other", durable=True, max_length=3)(connection.default_channel).declare()
-    with pytest.raises(ConfigurationError, match="in another form"):
-        consume("other", print, broker_url=url)
+        Queue(
+            "visq.results.acme.full",
+            durable=True,
+            queue_arguments={"x-max-length": 1, "x-overflow": "reject-publish"},
+        )(connection.default_channel).declare()
+    with publisher(url) as broker:
+        broker.publish_result(event_of(ended_job(result_queue="full")))
+        with pytest.raises(Unavailable):
+            broker.publish_result(event_of(ended_job(result_queue="full")))
+        broker.publish_result(event_of(ended_job(result_queue="another")))

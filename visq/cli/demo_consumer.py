@@ -107,7 +107,14 @@ def main() -> None:
         text = event.job.result.text if event.job.result is not None else ""
         say(json.dumps({"id": event.id, "type": event.type, "text": text}))
 
-    consume(queue, show, topics=topic, stop=stop, on_ready=lambda: say(READY))
+    consume(
+        queue,
+        show,
+        topics=topic,
+        stop=stop,
+        on_ready=lambda: say(READY),
+        max_deliveries=None,  # no further queues, which would be left behind
+    )
     with Connection(find_broker(None)) as connection:
         Queue(queue)(connection.default_channel).delete()
 

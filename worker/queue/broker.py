@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from amqp.exceptions import PreconditionFailed
+from amqp.exceptions import MessageNacked
 from celery import Celery
-from kombu import Connection, Exchange, Producer, Queue
+from kombu import Connection, Exchange, Producer
 from kombu.exceptions import KombuError
 from kombu.pools import ProducerPool
 
 from models.outcomes import QueuedJob
 from visq.cloudevents import CONTENT_TYPE, RESULTS_EXCHANGE, result_queue_name, routing_key
+from visq.consumer_queues import CONFIRM_SECONDS, send
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.types import Lane
@@ -34,6 +35,7 @@ class Broker:
             *self._results.connection_errors,
             *self._results.channel_errors,
             KombuError,
+            MessageNacked,  # a queue with a limit that rejects, or without a leader
             OSError,
         )
         self._exchange = Exchange(RESULTS_EXCHANGE, type="topic", durable=True)
@@ -53,34 +55,25 @@ class Broker:
     def publish_result(self, event: dict[str, Any]) -> None:
         """Publish a result event to the exchange, and to the queue that its job names."""
         queue = event["data"]["result_queue"]
-        with self._outage_typed(), self._producers.acquire(block=True, timeout=5) as p:
-            publish: Callable[..., Any] = p.publish
-            message = {
-                "body": json.dumps(event),
-                "content_type": CONTENT_TYPE,
-                "content_encoding": "utf-8",
-                "delivery_mode": 2,
-                "message_id": event["id"],
-                "retry": False,
-            }
+        message = {
+            "body": json.dumps(event),
+            "content_type": CONTENT_TYPE,
+            "content_encoding": "utf-8",
+            "delivery_mode": 2,
+            "message_id": event["id"],
+            "retry": False,
+        }
+        with self._outage_typed(), self._result_producer() as producer:
+            publish: Callable[..., Any] = producer.publish
             publish(
                 **message,
                 exchange=self._exchange,
                 routing_key=routing_key(event),
                 declare=[self._exchange],
+                confirm_timeout=CONFIRM_SECONDS,
             )
             if queue is not None:
-                name = result_queue_name(event["visqtenant"], queue)
-                own = Queue(name, Exchange(""), routing_key=name, durable=True)
-                try:
-                    publish(**message, exchange="", routing_key=name, declare=[own])
-                except PreconditionFailed:
-                    # It is there in another form (a quorum queue, one with a length limit): that
-                    # is its consumer's choice. The refusal has closed the channel.
-                    connection = p.connection
-                    assert connection is not None, "a producer of the pool has one"
-                    with connection.channel() as channel:
-                        Producer(channel).publish(**message, exchange="", routing_key=name)
+                send(producer.channel, result_queue_name(event["visqtenant"], queue), **message)
 
     def depth(self, lane: Lane) -> int:
         """Messages that wait in the lane's queue, not counting those that workers hold."""
@@ -96,6 +89,19 @@ class Broker:
         self._producers.force_close_all()  # type: ignore[attr-defined]  # in kombu's Resource
         self._results.release()
         self._app.close()
+
+    @contextmanager
+    def _result_producer(self) -> Iterator[Producer]:
+        with self._producers.acquire(block=True, timeout=5) as producer:
+            connection = producer.connection
+            assert connection is not None, "a producer of the pool has one"
+            try:
+                yield producer
+            except BaseException:
+                # Not used again: a confirmation that is still to come would be taken for that of
+                # the next message.
+                connection.collect()
+                raise
 
     @contextmanager
     def _outage_typed(self) -> Iterator[None]:
