@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from alembic import context
 
+from models.connections import MIGRATING
 from models.database import Database
 from models.tables import Base
 
 
 def run() -> None:
-    database = Database(context.config.attributes["url"])
+    database = Database(context.config.attributes["url"], limits=MIGRATING)
     try:
         with database.engine.connect() as connection:
             context.configure(

@@ -12,32 +12,27 @@ a write fails at once whatever the busy timeout, and SQLite's own busy wait is u
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from datetime import UTC, datetime
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, TypeVarTuple
+from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
 from sqlalchemy import (
-    URL,
     DateTime,
     Dialect,
-    Engine,
     Float,
     LargeBinary,
     bindparam,
     create_engine,
     event,
-    make_url,
     text,
 )
-from sqlalchemy.engine import Connection, Result
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine import Result
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_criteria
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -45,14 +40,20 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.types import TypeDecorator
 
-from visq import points
-from visq.errors import ConfigurationError, Unavailable
+from models import outages
+from models.connections import (
+    USUAL,
+    Limits,
+    checked_url,
+    configure_postgresql,
+    configure_sqlite,
+    pool_arguments,
+)
+from visq.errors import Unavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
-
-SQLITE_BUSY_MS = 10_000
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -149,89 +150,18 @@ def fetch(
     return session.execute(statement, parameters)
 
 
-def _configure_sqlite(engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
-    def on_connect(connection: DBAPIConnection, _record: object) -> None:
-        connection.isolation_level = None  # SQLAlchemy sends BEGIN, not the driver
-        cursor = connection.cursor()
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=NORMAL",
-            f"busy_timeout={SQLITE_BUSY_MS}",
-            "foreign_keys=ON",
-        ):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    @event.listens_for(engine, "begin")
-    def on_begin(connection: Connection) -> None:
-        read_only = connection.get_execution_options().get("visq_read_only", False)
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
-
-
-def _checked_url(url: str) -> URL:
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise ConfigurationError("VISQ_DATABASE_URL: SQLite needs a file, not `:memory:`")
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ConfigurationError(
-            "VISQ_DATABASE_URL must begin with `sqlite:///` or `postgresql+psycopg://`"
-        )
-    if parsed.get_backend_name() == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    return parsed
-
-
-@contextmanager
-def _typed_outage() -> Iterator[None]:
-    """What may pass by itself becomes ``Unavailable``; every other database error is a bug."""
-    try:
-        yield
-    except PoolTimeoutError as error:
-        raise Unavailable("all connections to the database are in use; try again") from error
-    except DBAPIError as error:
-        if error.connection_invalidated or _cannot_connect(error):
-            raise Unavailable("the database does not answer; try again") from error
-        if _gave_way(error):
-            raise Unavailable("the database is too busy for this just now; try again") from error
-        raise
-
-
-def _cannot_connect(error: DBAPIError) -> bool:
-    # psycopg reports a refused or broken connection as OperationalError without an SQLSTATE.
-    module = type(error.orig).__module__
-    return module.startswith("psycopg") and getattr(error.orig, "sqlstate", None) is None
-
-
-_GAVE_WAY: Final = (
-    "40",  # transaction rolled back: deadlock, serialization failure
-    "53",  # insufficient resources: connections, disk, memory
-    "55P03",  # lock not available
-    "57",  # operator intervention: shutdown, statement cancelled
-)
-"""Beginnings of PostgreSQL's SQLSTATEs for a transaction that may succeed when it is repeated."""
-
-
-def _gave_way(error: DBAPIError) -> bool:
-    """Whether others were in the way: the transaction was rolled back, and can be repeated."""
-    if isinstance(error.orig, sqlite3.OperationalError):
-        # The low byte is the primary code, whatever the extended one says.
-        return error.orig.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-    return str(getattr(error.orig, "sqlstate", None)).startswith(_GAVE_WAY)
-
-
 class Database:
     """Transactions for threads. `url` is a SQLAlchemy URL; `pool_size` bounds the connections."""
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
-        parsed = _checked_url(url)
-        self.engine = create_engine(
-            parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True
-        )
+    def __init__(self, url: str, *, pool_size: int = 10, limits: Limits = USUAL) -> None:
+        parsed = checked_url(url)
+        self.engine = create_engine(parsed, **pool_arguments(pool_size, limits))
         self._writer: AbstractContextManager[Any] = nullcontext()
         if parsed.get_backend_name() == "sqlite":
-            _configure_sqlite(self.engine)
-            self._writer = threading.Lock()
+            configure_sqlite(self.engine)
+            self._writer = _Turns(limits.pool)
+        else:
+            configure_postgresql(self.engine, limits)
         self._sessions = sessionmaker(self.engine, class_=TenantSession, expire_on_commit=False)
 
     def run(
@@ -243,13 +173,12 @@ class Database:
     ) -> R:
         """Run ``function(session, ...)`` in one transaction; commit, or roll back on an error.
 
+        What the database has rolled back because of others (a deadlock, a serialization failure)
+        is run again a few times: the function does nothing but read and write the session.
+
         :raises Unavailable: the database does not answer. The fate of the transaction is unknown.
         """
-        with _typed_outage(), self._writer, self._sessions.begin() as session:
-            result = function(session, *args, **kwargs)
-            points.reached("transaction.committing")
-        points.reached("transaction.committed")
-        return result
+        return self._repeated(lambda session: function(session, *args, **kwargs), read_only=False)
 
     def read(
         self,
@@ -259,9 +188,7 @@ class Database:
         **kwargs: P.kwargs,
     ) -> R:
         """Run a function that only reads; on SQLite it does not wait for the writer."""
-        with _typed_outage(), self._sessions.begin() as session:
-            session.connection(execution_options={"visq_read_only": True})
-            return function(session, *args, **kwargs)
+        return self._repeated(lambda session: function(session, *args, **kwargs), read_only=True)
 
     def ping(self) -> None:
         """:raises Unavailable: the database does not answer."""
@@ -270,21 +197,42 @@ class Database:
     def close(self) -> None:
         self.engine.dispose()
 
+    def _repeated(self, function: Callable[[Session], R], *, read_only: bool) -> R:
+        repeats = 0
+        with outages.typed():
+            while True:
+                try:
+                    return self._once(function, read_only)
+                except DBAPIError as error:
+                    pause = outages.pause_before_repeat(error, repeats)
+                    if pause is None:
+                        raise
+                time.sleep(pause)
+                repeats += 1
+
+    def _once(self, function: Callable[[Session], R], read_only: bool) -> R:
+        writer = nullcontext() if read_only else self._writer
+        with writer, self._sessions.begin() as session:
+            if read_only:
+                session.connection(execution_options={"visq_read_only": True})
+            return function(session)
+
 
 class AsyncDatabase:
     """Transactions for the event loop, over the same functions; ``tenant=`` scopes all of it."""
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
-        parsed = _checked_url(url)
+    def __init__(self, url: str, *, pool_size: int = 10, limits: Limits = USUAL) -> None:
+        parsed = checked_url(url)
         is_sqlite = parsed.get_backend_name() == "sqlite"
         if is_sqlite:
             parsed = parsed.set(drivername="sqlite+aiosqlite")
-        self.engine = create_async_engine(
-            parsed, pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True
-        )
-        self._writer = asyncio.Lock() if is_sqlite else None
+        self.engine = create_async_engine(parsed, **pool_arguments(pool_size, limits))
+        self._writer: AbstractAsyncContextManager[Any] = nullcontext()
         if is_sqlite:
-            _configure_sqlite(self.engine.sync_engine)
+            configure_sqlite(self.engine.sync_engine)
+            self._writer = _AsyncTurns(limits.pool)
+        else:
+            configure_postgresql(self.engine.sync_engine, limits)
         self._sessions = async_sessionmaker(
             self.engine, expire_on_commit=False, sync_session_class=TenantSession
         )
@@ -297,8 +245,9 @@ class AsyncDatabase:
         **kwargs: P.kwargs,
     ) -> R:
         """As `Database.run`, for all tenants."""
-        async with self._transaction(None, read_only=False) as session:
-            return await session.run_sync(function, *args, **kwargs)
+        return await self._repeated(
+            None, lambda session: function(session, *args, **kwargs), read_only=False
+        )
 
     async def read(
         self,
@@ -308,8 +257,9 @@ class AsyncDatabase:
         **kwargs: P.kwargs,
     ) -> R:
         """As `Database.read`, for all tenants."""
-        async with self._transaction(None, read_only=True) as session:
-            return await session.run_sync(function, *args, **kwargs)
+        return await self._repeated(
+            None, lambda session: function(session, *args, **kwargs), read_only=True
+        )
 
     def for_tenant(self, tenant_id: str) -> TenantDatabase:
         """The same database, seen by one tenant: other tenants' rows do not exist."""
@@ -322,28 +272,30 @@ class AsyncDatabase:
     async def close(self) -> None:
         await self.engine.dispose()
 
-    @asynccontextmanager
-    async def _transaction(
-        self, tenant_id: str | None, *, read_only: bool
-    ) -> AsyncIterator[AsyncSession]:
-        writer = nullcontext() if self._writer is None or read_only else self._writer
-        async with writer, self._session(tenant_id, read_only=read_only) as session:
-            yield session
+    async def _repeated(
+        self, tenant_id: str | None, function: Callable[[Session], R], *, read_only: bool
+    ) -> R:
+        repeats = 0
+        with outages.typed():
+            while True:
+                try:
+                    return await self._once(tenant_id, function, read_only)
+                except DBAPIError as error:
+                    pause = outages.pause_before_repeat(error, repeats)
+                    if pause is None:
+                        raise
+                await asyncio.sleep(pause)
+                repeats += 1
 
-    @asynccontextmanager
-    async def _session(
-        self, tenant_id: str | None, *, read_only: bool
-    ) -> AsyncIterator[AsyncSession]:
-        with _typed_outage():
-            async with self._sessions.begin() as session:
-                session.sync_session.info["tenant_id"] = tenant_id
-                if read_only:
-                    await session.connection(execution_options={"visq_read_only": True})
-                yield session
-                if not read_only:
-                    points.reached("transaction.committing")
-        if not read_only:
-            points.reached("transaction.committed")
+    async def _once(
+        self, tenant_id: str | None, function: Callable[[Session], R], read_only: bool
+    ) -> R:
+        writer = nullcontext() if read_only else self._writer
+        async with writer, self._sessions.begin() as session:
+            session.sync_session.info["tenant_id"] = tenant_id
+            if read_only:
+                await session.connection(execution_options={"visq_read_only": True})
+            return await session.run_sync(function)
 
 
 class TenantDatabase:
@@ -360,8 +312,9 @@ class TenantDatabase:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        async with self._database._transaction(self.tenant_id, read_only=False) as session:
-            return await session.run_sync(function, *args, **kwargs)
+        return await self._database._repeated(
+            self.tenant_id, lambda session: function(session, *args, **kwargs), read_only=False
+        )
 
     async def read(
         self,
@@ -370,5 +323,43 @@ class TenantDatabase:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        async with self._database._transaction(self.tenant_id, read_only=True) as session:
-            return await session.run_sync(function, *args, **kwargs)
+        return await self._database._repeated(
+            self.tenant_id, lambda session: function(session, *args, **kwargs), read_only=True
+        )
+
+
+class _Turns:
+    """The turns of a process's threads to write to SQLite."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=self._seconds):
+            raise _other_writers()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class _AsyncTurns:
+    """`_Turns` for the event loop."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise _other_writers() from None
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _other_writers() -> Unavailable:
+    return Unavailable("the database is too busy for this just now; try again")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select, text, update
+from sqlalchemy.exc import DataError
 from sqlalchemy.orm import Session
 
 from migrations import run as migrations
-from models import jobs, reading
+from models import jobs, outages, reading
 from models.database import AsyncDatabase, Database
 from models.outcomes import Cancelled, Claim
 from models.tables import Job, Tenant
@@ -106,27 +108,80 @@ def test_a_read_only_transaction_on_sqlite_refuses_to_upgrade_silently(sqlite_ur
     writer.close()
 
 
-def test_a_deadlock_is_an_outage_and_not_a_bug(postgres_url: str) -> None:
-    """A worker tries again to write the end of its run; the API answers 503 and not 500."""
+def lock_both(session: Session, names: list[str], met: threading.Barrier, runs: list[int]) -> None:
+    """Lock two rows, in this order; the first time, the other order is under way as well."""
+    runs.append(1)
+    for name in names:
+        session.scalars(select(Tenant).where(Tenant.name == name).with_for_update()).one()
+        if name == names[0] and len(runs) == 1:
+            met.wait(10)
+    session.execute(update(Tenant).where(Tenant.name == names[0]).values(name=names[0]))
+
+
+def test_the_one_that_a_deadlock_hits_is_run_again(postgres_url: str) -> None:
     migrations.upgrade(postgres_url)
     database = Database(postgres_url)
     names = ["one", "two"]
     database.run(reading.ensure_tenants, names)
-    both_hold_one = threading.Barrier(2)
-
-    def lock(session: Session, first: str, second: str) -> None:
-        for name in (first, second):
-            session.scalars(select(Tenant).where(Tenant.name == name).with_for_update()).one()
-            if name == first:
-                both_hold_one.wait(10)
-
-    def lock_both(first: str, second: str) -> None:
-        database.run(lock, first, second)
-
+    met = threading.Barrier(2)
+    runs: tuple[list[int], list[int]] = [], []
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(lock_both, *order) for order in (names, names[::-1])]
-    [error] = [run.exception() for run in runs if run.exception() is not None]
-    assert isinstance(error, Unavailable)
+        both = [
+            pool.submit(database.run, lock_both, order, met, count)
+            for order, count in zip((names, names[::-1]), runs, strict=True)
+        ]
+        assert [each.result() for each in both] == [None, None]
+    assert sorted(map(len, runs)) == [1, 2]
+    database.close()
+
+
+async def test_the_one_that_a_deadlock_hits_is_run_again_in_the_event_loop(
+    postgres_url: str,
+) -> None:
+    migrations.upgrade(postgres_url)
+    other = Database(postgres_url)
+    names = ["one", "two"]
+    other.run(reading.ensure_tenants, names)
+    met = threading.Barrier(2)
+    runs: tuple[list[int], list[int]] = [], []
+
+    def in_a_loop_of_its_own() -> None:
+        async def run() -> None:
+            mine = AsyncDatabase(postgres_url)
+            await mine.run(lock_both, names, met, runs[0])
+            await mine.close()
+
+        asyncio.run(run())
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.to_thread(in_a_loop_of_its_own))
+        group.create_task(asyncio.to_thread(other.run, lock_both, names[::-1], met, runs[1]))
+    assert sorted(map(len, runs)) == [1, 2]
+    other.close()
+
+
+def test_what_others_roll_back_again_and_again_is_an_outage_and_not_a_bug(
+    postgres_url: str,
+) -> None:
+    """The API answers 503 and not 500; a worker tries again to write the end of its run."""
+    database = Database(postgres_url)
+    runs = []
+
+    def roll_back(session: Session) -> None:
+        runs.append(1)
+        session.execute(text("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"))
+
+    with pytest.raises(Unavailable):
+        database.run(roll_back)
+    assert len(runs) == 1 + outages.REPEATS
+    database.close()
+
+
+def test_what_the_driver_cannot_send_is_a_bug_and_not_an_outage(postgres_url: str) -> None:
+    """Nobody tries it again: a run whose end has such a value would never end."""
+    database = Database(postgres_url)
+    with pytest.raises(DataError):
+        database.run(lambda session: session.execute(text("SELECT :a"), {"a": "a\0b"}))
     database.close()
 
 
