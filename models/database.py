@@ -49,6 +49,7 @@ from models.connections import (
     configure_sqlite,
     pool_arguments,
 )
+from visq import points
 from visq.errors import Unavailable
 
 P = ParamSpec("P")
@@ -215,7 +216,11 @@ class Database:
         with writer, self._sessions.begin() as session:
             if read_only:
                 session.connection(execution_options={"visq_read_only": True})
-            return function(session)
+                return function(session)
+            result = function(session)
+            points.reached("transaction.committing")
+        points.reached("transaction.committed")
+        return result
 
 
 class AsyncDatabase:
@@ -295,7 +300,11 @@ class AsyncDatabase:
             session.sync_session.info["tenant_id"] = tenant_id
             if read_only:
                 await session.connection(execution_options={"visq_read_only": True})
-            return await session.run_sync(function)
+                return await session.run_sync(function)
+            result = await session.run_sync(function)
+            points.reached("transaction.committing")
+        points.reached("transaction.committed")
+        return result
 
 
 class TenantDatabase:
