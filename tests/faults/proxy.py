@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Direction = Literal["to_server", "to_client"]
@@ -36,6 +36,9 @@ class _Trap:
     direction: Direction
     passed_on: bool
     times: float
+    after: bytes
+    armed: set[asyncio.StreamWriter] = field(default_factory=set)
+    """Clients that have sent `after`."""
 
 
 class Proxy:
@@ -87,6 +90,7 @@ class Proxy:
         *,
         passed_on: bool = True,
         times: float = 1,
+        after: bytes = b"",
     ) -> None:
         """Reset the client's connection at the next piece that has `pattern` in it, `times` times
         (`math.inf`: until `heal`).
@@ -94,8 +98,11 @@ class Proxy:
         :param passed_on: whether the piece still arrives. A server then acts on it, and finds its
             client gone. `COMMIT` in the direction ``to_client``, not passed on, is a commit that
             has certainly been made.
+        :param after: strike only a connection on which this has gone to the server before, from
+            now on: ``DELETE FROM outbox`` picks the transaction whose `COMMIT` is meant.
         """
-        self._within(setattr, self, "_trap", _Trap(pattern, direction, passed_on, times))
+        trap = _Trap(pattern, direction, passed_on, times, after)
+        self._within(setattr, self, "_trap", trap)
 
     def heal(self) -> None:
         """End all faults."""
@@ -163,7 +170,7 @@ class Proxy:
             await self._flowing.wait()
             if not piece:
                 break
-            springs, passed_on = self._springs(direction, before, piece)
+            springs, passed_on = self._springs(client, direction, before, piece)
             before = piece
             if passed_on and not writer.is_closing():
                 writer.write(piece)
@@ -177,19 +184,29 @@ class Proxy:
         if not writer.is_closing():
             writer.write_eof()
 
-    def _springs(self, direction: Direction, before: bytes, piece: bytes) -> tuple[bool, bool]:
+    def _springs(
+        self, client: asyncio.StreamWriter, direction: Direction, before: bytes, piece: bytes
+    ) -> tuple[bool, bool]:
         """Whether the trap strikes here, and whether the piece is passed on."""
         trap = self._trap
-        if trap is None or trap.direction != direction:
+        if trap is None:
             return False, True
-        # The pattern may have come in two pieces; the end of the one before is shorter than it.
-        if trap.pattern not in before[len(before) - len(trap.pattern) + 1 :] + piece:
+        if direction == "to_server" and _has(trap.after, before, piece):
+            trap.armed.add(client)
+        if direction != trap.direction or client not in trap.armed:
+            return False, True
+        if not _has(trap.pattern, before, piece):
             return False, True
         self.struck += 1
         trap.times -= 1
         if trap.times < 1:
             self._trap = None
         return True, trap.passed_on
+
+
+def _has(pattern: bytes, before: bytes, piece: bytes) -> bool:
+    """Whether `pattern` ends in `piece`; it may have begun in the piece before."""
+    return pattern in before[max(0, len(before) - len(pattern) + 1) :] + piece
 
 
 def _bound(port: int) -> socket.socket:

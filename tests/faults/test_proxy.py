@@ -142,6 +142,18 @@ def test_a_pattern_in_two_pieces_is_found(proxy: Proxy) -> None:
     assert proxy.struck == 2
 
 
+def test_only_the_connection_that_said_something_before_is_struck(proxy: Proxy) -> None:
+    with connect(proxy) as one, connect(proxy) as other:
+        assert says(one, b"DELETE") == b"DELETE"
+        proxy.drop_after(b"COMMIT", after=b"DELETE")
+        assert says(one, b"COMMIT") == b"COMMIT"  # that was before
+        assert says(one, b"DELETE") == b"DELETE"
+        assert says(other, b"COMMIT") == b"COMMIT"
+        with pytest.raises(ConnectionResetError):
+            says(one, b"COMMIT")
+    assert proxy.struck == 1
+
+
 def test_an_answer_is_dropped(proxy: Proxy, echo: Echo) -> None:
     proxy.drop_after(b"COMMIT", "to_client", passed_on=False)
     with connect(proxy) as client, pytest.raises(ConnectionResetError):
