@@ -37,7 +37,7 @@ T = TypeVar("T")
 class Amounts:
     """How much of each kind one round submits."""
 
-    jobs: int = 60
+    jobs: int = 100
     sessions: int = 8
     turns: int = 5
     batches: int = 3
@@ -46,6 +46,8 @@ class Amounts:
     """Of `jobs`: how many are cancelled a moment later."""
     steps: int = 4
     """Of the engine for an answer, at the median."""
+    seconds: float = 3.0
+    """Over which all that is spread."""
 
     @property
     def total(self) -> int:
@@ -108,16 +110,14 @@ class Load:
         pictures: dict[str, str],
         *,
         poison: Sequence[str] = (),
-        spread_seconds: float = 0.0,
     ) -> None:
-        """:param poison: prompts (`KILLS_ENGINE`, `KILLS_WORKER`) of jobs among the others.
-        :param spread_seconds: over which the submissions are spread."""
+        """:param poison: prompts (`KILLS_ENGINE`, `KILLS_WORKER`) of jobs among the others."""
         self.ledger = Ledger(pictures=pictures)
         self._urls = system.urls
         self._amounts = amounts
         self._seed = seed
         self._poison = list(poison)
-        self._spread = spread_seconds
+        self._spread = amounts.seconds
         self._names = list(pictures)
         self._threads = [
             threading.Thread(target=self._guarded, args=(number, work), daemon=True)
@@ -219,8 +219,7 @@ class Load:
         }
 
     def _pause(self, chance: random.Random, of: int) -> None:
-        if self._spread:
-            time.sleep(chance.uniform(0, 2 * self._spread / of))
+        time.sleep(chance.uniform(0, 2 * self._spread / of))
 
 
 class _Clients:

@@ -17,7 +17,7 @@ from kombu import Connection, Producer, Queue
 
 from tests.faults.played_engine import KILLS_ENGINE, KILLS_WORKER
 from tests.faults.store import Refuse, Reset, Shorten, Silence, Slow, Truncate, WrongETag
-from tests.faults.system import LEASE_SECONDS, BrokerKind, DatabaseKind, Process, System
+from tests.faults.system import LEASE_SECONDS, BrokerKind, DatabaseKind, System
 from visq.points import Point
 from visq.types import Lane
 from worker.queue.app import queue_name, transport_options
@@ -118,18 +118,19 @@ def stop_a_worker_past_its_lease(system: System, chance: random.Random) -> str:
 def at_point(point: Point, *kinds: str) -> Run:
     def kill_at_point(system: System, chance: random.Random) -> str:
         victims = [each for each in system.processes if each.kind in kinds]
-        struck = [_killed_at(system, victim, point, chance) for victim in victims]
-        return f"killed {sum(struck)} of {len(victims)} at {point}"
+        starts = {victim.name: victim.starts for victim in victims}
+        for victim in victims:
+            victim.arm(point, chance.randint(1, 5))
+
+        def struck() -> int:
+            return sum(victim.starts > starts[victim.name] for victim in victims)
+
+        system.wait_for(lambda: struck() == len(victims), 4)
+        for victim in victims:
+            victim.disarm()
+        return f"killed {struck()} of {len(victims)} at {point}"
 
     return kill_at_point
-
-
-def _killed_at(system: System, victim: Process, point: Point, chance: random.Random) -> bool:
-    starts = victim.starts
-    victim.arm(point, chance.randint(1, 5))
-    struck = system.wait_for(lambda: victim.starts > starts, 2.5)
-    victim.disarm()
-    return struck
 
 
 POINTS_OF_WORKERS: Final[tuple[Point, ...]] = (
