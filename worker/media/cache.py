@@ -6,11 +6,13 @@ a torn or damaged file is a miss. The time of a file is when it was last used, a
 unused go first.
 
 The cache makes fetching faster and never fails it: with a full disk or an unwritable folder there
-is no cache, and the log says so once.
+is no cache, and the log says so once. On a full disk the cache also gives back some of what it has:
+others may need it more, and what is new is worth more than what is old.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -38,6 +40,12 @@ _UNFINISHED_SECONDS: Final = 600.0
 _LOOK_SHARE: Final = 0.05
 _KEEP_SHARE: Final = 0.85
 
+_QUIET_SECONDS: Final = 600.0
+"""Two warnings are at least so far apart: near the end of a disk, small files may find room where
+large ones do not."""
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
 
 @dataclass(frozen=True, slots=True)
 class CachedObject:
@@ -56,14 +64,16 @@ class DiskCache:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._written = max_bytes  # since the folder was last looked at: look at the first write
-        self._warned = False
+        self._works = self._said = True
+        self._warned_at = -_QUIET_SECONDS
 
     def get(self, ref: ObjectRef) -> CachedObject | None:
         """The object, if it is here and whole."""
         path = self._path(ref)
         try:
             content = path.read_bytes()
-            os.utime(path)
+            with suppress(OSError):  # of a folder that may only be read
+                os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -91,8 +101,10 @@ class DiskCache:
             with suppress(OSError):
                 unfinished.unlink()
             self._warn(error)
+            if error.errno in _FULL:
+                self._shrink()
         else:
-            self._warned = False
+            self._works = True
 
     def drop(self, ref: ObjectRef) -> None:
         """Forget the object."""
@@ -106,10 +118,20 @@ class DiskCache:
             if self._written <= self._max_bytes * _LOOK_SHARE:
                 return
             self._written = coming
-        files = self._files()
+        self._evict(self._files(), coming, self._max_bytes * _KEEP_SHARE)
+
+    def _shrink(self) -> None:
+        """The disk is full: there is less room for the cache than it may take."""
+        with suppress(OSError):
+            files = self._files()
+            self._evict(files, 0, sum(size for _, size, _ in files) * _KEEP_SHARE)
+
+    @staticmethod
+    def _evict(files: list[tuple[float, int, Path]], coming: int, most: float) -> None:
+        """Remove the first of `files` until they take, with what is `coming`, at most `most`."""
         total = coming + sum(size for _, size, _ in files)
         for _, size, path in files:
-            if total <= self._max_bytes * _KEEP_SHARE:
+            if total <= most:
                 return
             with suppress(OSError):  # another worker was faster
                 path.unlink()
@@ -139,8 +161,11 @@ class DiskCache:
 
     def _warn(self, error: OSError) -> None:
         """Say once, until it works again, that there is no cache."""
-        if not self._warned:
-            self._warned = True
+        if self._works:
+            self._works = self._said = False
+        now = time.monotonic()
+        if not self._said and now - self._warned_at >= _QUIET_SECONDS:
+            self._said, self._warned_at = True, now
             log.warning("images are fetched without the cache in %s: %s", self._folder, error)
 
 

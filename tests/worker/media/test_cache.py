@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.worker.media.conftest import DISK
 from visq.objects import ObjectRef
 from worker.media.cache import CachedObject, DiskCache
 
@@ -143,6 +145,85 @@ def test_a_write_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "None []"
     assert "without the cache" in done.stderr
+
+
+def test_on_a_full_disk_there_is_no_cache_it_is_said_once_and_with_room_it_works_again(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(DISK - 8192))
+    cache = DiskCache(small_disk / "cache", MIB)
+    with caplog.at_level(logging.WARNING):
+        for number in range(5):
+            cache.put(ref(number), item(bytes(20_000)))
+            assert cache.get(ref(number)) is None
+    [record] = caplog.records
+    assert "without the cache" in record.getMessage()
+    assert list((small_disk / "cache").iterdir()) == []
+    ballast.unlink()
+    cache.put(ref(), item(bytes(20_000)))
+    assert cache.get(ref()) == item(bytes(20_000))
+
+
+def test_on_a_disk_smaller_than_its_bound_the_cache_goes_on_with_what_is_new(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = DiskCache(small_disk, 100 * MIB)
+    with caplog.at_level(logging.WARNING):
+        for number in range(60):
+            cache.put(ref(number), item(bytes([number]) * 20_000))
+    kept = [number for number in range(60) if cache.get(ref(number)) is not None]
+    assert len(kept) > 5
+    assert kept[0] > 40, "the oldest stayed"
+    assert all(path.suffix == ".image" for path in small_disk.iterdir())
+    assert len(caplog.records) == 1
+
+
+def test_a_new_failure_is_told_though_it_began_soon_after_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("worker.media.cache.time.monotonic", lambda: clock[0])
+    cache = DiskCache(tmp_path / "cache", MIB)
+
+    def fail() -> int:
+        (tmp_path / "cache").write_bytes(b"")  # a file where the folder was
+        cache.put(ref(), item())
+        (tmp_path / "cache").unlink()
+        return len(caplog.records)
+
+    with caplog.at_level(logging.WARNING):
+        assert fail() == 1
+        cache.put(ref(), item())
+        assert cache.get(ref()) == item()
+        shutil.rmtree(tmp_path / "cache")
+        assert fail() == 1, "too soon"
+        clock[0] += 601
+        assert fail() == 2
+        clock[0] += 601
+        assert fail() == 2, "it has been said"
+
+
+def test_a_folder_deleted_while_in_use_is_an_empty_cache(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", MIB)
+    cache.put(ref(), item())
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.get(ref()) is None
+    cache.put(ref(), item())
+    assert cache.get(ref()) == item()
+
+
+def test_a_folder_that_may_only_be_read_is_read(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = DiskCache(small_disk, MIB)
+    cache.put(ref(), item())
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with caplog.at_level(logging.WARNING):
+        cache.put(ref(1), item())
+        assert cache.get(ref()) == item()
+        assert cache.get(ref(1)) is None
+    assert len(caplog.records) == 1
 
 
 def test_two_workers_share_a_folder(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.servers import S3Endpoint
 from tests.waiting import until
+from tests.worker.media.conftest import DISK
 from visq.errors import ImageFetchFailed, ImageNotFound, ImageTooLarge
 from visq.objects import FetchedObject, NotModified, ObjectRef, ObjectStore, open_store
 from visq.settings import Settings
@@ -90,6 +91,17 @@ def test_an_unchanged_object_is_asked_for_and_not_read_again(
         image = fetcher.fetch(ref)
         assert (image.data, image.sha256) == (b"one", sha256(b"one").hexdigest())
     assert (store.full, store.unchanged) == (1, 2)
+
+
+def test_a_full_disk_fails_no_fetch(store: CountingStore, bucket: str, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(DISK - 4096))
+    cache = DiskCache(small_disk, 100 * MIB)
+    fetcher = Fetcher(store, max_bytes=MIB, concurrency=4, cache=cache)
+    ref = ObjectRef(bucket, "a")
+    store.put(ref, bytes(20_000), "image/png")
+    for _ in range(2):
+        assert fetcher.fetch(ref).data == bytes(20_000)
+    assert (store.full, store.unchanged) == (2, 0)
 
 
 def test_a_changed_object_is_read_again(
