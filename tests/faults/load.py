@@ -154,7 +154,8 @@ class Load:
                 if not cancels:
                     with suppress(IndexError):
                         asked = Asked(f"{asked.prompt}, {self._poison.pop()}", poison=True)
-                options = self._options(chance, asked)
+                lane = chance.choice(["interactive", "standard"])
+                options = self._options(chance, asked) | {"lane": lane, "result_queue": QUEUE}
                 job = clients.patiently(
                     lambda client, key, o=options: client.jobs.submit(**o, idempotency_key=key)
                 )
@@ -171,7 +172,8 @@ class Load:
                 for turn in range(self._amounts.turns):
                     self._pause(chance, count * self._amounts.turns)
                     asked = self._asked(chance, turn, f"session {number} turn")
-                    options = self._options(chance, asked) | {"session_id": session.id}
+                    more = {"session_id": session.id, "result_queue": QUEUE}
+                    options = self._options(chance, asked) | more
                     job = clients.patiently(
                         lambda client, key, o=options: client.jobs.submit(**o, idempotency_key=key)
                     )
@@ -186,14 +188,11 @@ class Load:
                     f"item-{n}": self._asked(chance, n, f"batch {number} item")
                     for n in range(self._amounts.items)
                 }
-                bodies: list[dict[str, Any]] = [
-                    {"custom_id": id_, "prompt": asked.prompt, "images": list(asked.pictures)}
+                bodies = [
+                    {"custom_id": id_, **self._options(chance, asked)}
                     for id_, asked in items.items()
                 ]
-                options: dict[str, Any] = {
-                    "result_queue": QUEUE,
-                    "gen_config": {"max_new_tokens": self._amounts.steps},
-                }
+                options: dict[str, Any] = {"result_queue": QUEUE}
                 batch = clients.patiently(
                     lambda client, key, b=bodies, o=options: client.batches.submit(
                         b, **o, idempotency_key=key
@@ -208,14 +207,12 @@ class Load:
         return Asked(prompt, tuple(chance.sample(self._names, chance.randint(1, 2))))
 
     def _options(self, chance: random.Random, asked: Asked) -> dict[str, Any]:
-        """Most answers are short, some take long enough to be met by any fault."""
+        """Of a prompt. Most answers are short, some take long enough to be met by any fault."""
         steps = self._amounts.steps * (1 if chance.random() < 0.8 else 20)
         return {
             "prompt": asked.prompt,
             "images": list(asked.pictures),
-            "lane": chance.choice(["interactive", "standard"]),
             "gen_config": {"max_new_tokens": steps},
-            "result_queue": QUEUE,
         }
 
     def _pause(self, chance: random.Random, of: int) -> None:

@@ -32,7 +32,7 @@ from worker.engine.face import (
     TokenEvent,
 )
 
-STEP_SECONDS: Final = 0.01
+STEP_SECONDS: Final = 0.02
 CAPACITY: Final = 32
 
 KILLS_ENGINE: Final = "a poison for engines"
