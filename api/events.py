@@ -35,6 +35,7 @@ from models import jobs
 from models.database import TenantDatabase
 from models.tables import Job
 from models.views import job_view
+from visq.errors import Unavailable
 from visq.streams import StreamEvent, events_key
 from visq.types import JobView
 
@@ -76,7 +77,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
         super().__init__(
-            events,
+            _until_an_outage(events),
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
         self._events = events
@@ -86,6 +87,16 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
+
+
+async def _until_an_outage(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """The answer has begun, so no status can tell of an outage any more: it ends without an `end`.
+    A reader that asks again, after the last event that it has, gets the status."""
+    try:
+        async for text in events:
+            yield text
+    except Unavailable as error:
+        log.warning("a token stream ends early", error=str(error))
 
 
 class JobEvents:

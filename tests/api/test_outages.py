@@ -5,19 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx2
 import pytest
 import redis
+from sqlalchemy import text
+from sqlalchemy.orm import Session
 
+from api import services
 from migrations.run import upgrade
 from models import jobs
+from models.connections import Limits
+from models.database import AsyncDatabase, Database
 from tests.api.conftest import settings_for
 from tests.api.running import PlayedWorker, RunningApi, events_of
 from tests.api.test_events import said
 from tests.api.test_images import PNG
 from tests.api.test_jobs import submit
+from tests.faults.proxy import Proxy, url_through
 from tests.servers import PostgreSQL, S3Endpoint, Valkey
 from tests.waiting import until
 from visq.embedded.processes import free_port
@@ -220,22 +227,99 @@ def test_without_the_database_everything_is_unavailable_until_it_is_back(
         settings = settings_for(url, own_valkey.url, tmp_path)
         with RunningApi(settings) as running, running.client("secret-0") as client:
             job = submit(client)
-            postgres.kill()
+            with (
+                client.stream("GET", f"/v1/jobs/{job['id']}/events") as response,
+                redis.Redis.from_url(own_valkey.url) as own_redis,
+            ):
+                channel = f"visq:notify:{job['id']}"
+                until(lambda: own_redis.pubsub_numsub(channel)[0][1], 20, "the stream")
+                postgres.kill()
+                own_redis.publish(channel, "end")
+                assert list(events_of(response)) == []  # no `end`, and no broken connection
             for response in (
                 client.get(f"/v1/jobs/{job['id']}"),
                 client.get(f"/v1/jobs/{job['id']}", params={"wait": 1}),
                 client.get(f"/v1/jobs/{job['id']}/events"),
                 client.post("/v1/jobs", json={"prompt": "x"}),
             ):
-                assert response.status_code == 503
-                assert response.json()["error"]["code"] == "unavailable"
-                assert response.headers["retry-after"]
+                is_unavailable(response)
             seen = client.get("/readyz")
             assert seen.status_code == 503
             assert seen.json()["dependencies"]["database"] != "ok"
             postgres.start()
             until(lambda: client.get("/readyz").status_code == 200, 30, "the API to recover")
             assert client.get(f"/v1/jobs/{job['id']}").json()["status"] == "queued"
+
+
+def is_unavailable(response: httpx2.Response) -> None:
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "unavailable"
+    assert int(response.headers["retry-after"]) > 0
+
+
+@pytest.fixture
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same waits for the database, shorter; and few connections."""
+    limits = Limits(pool=1.0, connect=2, statement=2.0, silence=3.0)
+    for name, kind in (("AsyncDatabase", AsyncDatabase), ("Database", Database)):
+        monkeypatch.setattr(services, name, partial(kind, limits=limits, pool_size=2))
+
+
+@pytest.mark.usefixtures("short_limits")
+def test_without_a_free_connection_to_the_database_requests_are_refused_in_time(
+    postgres_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    upgrade(postgres_url)
+    other = Database(postgres_url)
+    settings = settings_for(postgres_url, redis_url, tmp_path)
+    with RunningApi(settings) as running, running.client("secret-0") as client:
+        path = f"/v1/jobs/{submit(client)['id']}"
+
+        def ask_while_nobody_can_read(session: Session) -> list[httpx2.Response]:
+            session.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+            with ThreadPoolExecutor(12) as threads:
+                return list(threads.map(lambda _: client.get(path), range(12)))
+
+        answers = other.run(ask_while_nobody_can_read)
+        for answer in answers:
+            is_unavailable(answer)
+        told = {answer.json()["error"]["message"] for answer in answers}
+        assert any("in use" in message for message in told), told
+        assert client.get(path).json()["status"] == "queued"
+    other.close()
+
+
+@pytest.mark.usefixtures("short_limits")
+def test_a_partition_from_the_database_holds_no_request_and_passes(
+    postgres: PostgreSQL, postgres_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    upgrade(postgres_url)
+    with Proxy(postgres.port) as proxy:
+        settings = settings_for(url_through(postgres_url, proxy.port), redis_url, tmp_path)
+        with RunningApi(settings) as running, running.client("secret-0") as client:
+            path = f"/v1/jobs/{submit(client)['id']}"
+
+            def submit_with_key() -> httpx2.Response:
+                key = {"Idempotency-Key": "across-the-partition"}
+                return client.post("/v1/jobs", json={"prompt": "x"}, headers=key)
+
+            proxy.stall()
+            with ThreadPoolExecutor(3) as threads:
+                asked = [
+                    threads.submit(submit_with_key),
+                    threads.submit(client.get, path),
+                    threads.submit(client.get, "/readyz"),
+                ]
+                assert client.get("/healthz").status_code == 200
+                for answer in asked[:2]:
+                    is_unavailable(answer.result())
+                assert asked[2].result().json()["dependencies"]["database"] != "ok"
+            proxy.heal()
+            until(lambda: client.get(path).is_success, 20, "the API to recover")
+            made = submit_with_key()
+            assert made.is_success
+            assert submit_with_key().json()["id"] == made.json()["id"]
+            assert len(client.get("/v1/jobs").json()["data"]) == 2
 
 
 # --- stopping ------------------------------------------------------------------------------------
