@@ -45,7 +45,9 @@ class Amounts:
     cancels: int = 6
     """Of `jobs`: how many are cancelled a moment later."""
     steps: int = 4
-    """Of the engine for an answer, at the median."""
+    """Of the engine for a short answer."""
+    long: int = 20
+    """How much longer every fifth answer takes: it may be met by any fault."""
     seconds: float = 3.0
     """Over which all that is spread."""
 
@@ -207,8 +209,8 @@ class Load:
         return Asked(prompt, tuple(chance.sample(self._names, chance.randint(1, 2))))
 
     def _options(self, chance: random.Random, asked: Asked) -> dict[str, Any]:
-        """Of a prompt. Most answers are short, some take long enough to be met by any fault."""
-        steps = self._amounts.steps * (1 if chance.random() < 0.8 else 20)
+        """Of a prompt."""
+        steps = self._amounts.steps * (1 if chance.random() < 0.8 else self._amounts.long)
         return {
             "prompt": asked.prompt,
             "images": list(asked.pictures),

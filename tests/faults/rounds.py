@@ -116,7 +116,15 @@ class Arena:
         self.redis.close()
         self.system.__exit__(*error)
 
-    def round(self, scenario: Scenario, seed: int, amounts: Amounts) -> Round:
+    def round(
+        self,
+        scenario: Scenario,
+        seed: int,
+        amounts: Amounts,
+        *,
+        end_seconds: float = END_SECONDS,
+        told_seconds: float = TOLD_SECONDS,
+    ) -> Round:
         chance = random.Random(seed)
         system = self.system
         after = self._newest()
@@ -129,8 +137,8 @@ class Arena:
         system.heal()
         if system.redis_lost > redis_lost:
             lost = self._ask(lambda session: session.scalar(select(db_now())))
-        ended = system.wait_for(lambda: load.done and self._unfinished(after) == 0, END_SECONDS)
-        system.wait_for(lambda: self._told(after, lost), TOLD_SECONDS)
+        ended = system.wait_for(lambda: load.done and self._unfinished(after) == 0, end_seconds)
+        system.wait_for(lambda: self._told(after, lost), told_seconds)
         seconds = time.monotonic() - begun
         rows = self._ask(lambda session: Rows.read(session.connection(), after))
         keys = list(rows.jobs)
@@ -142,7 +150,7 @@ class Arena:
         )
         violations = check(load.ledger, rows, evidence)
         if not ended:
-            violations.insert(0, Violation("lost", "round", f"not over {END_SECONDS:g} s after"))
+            violations.insert(0, Violation("lost", "round", f"not over {end_seconds:g} s after"))
         attempts = Counter(str(job.attempt) for job in rows.jobs.values())
         return Round(
             scenario.name,
