@@ -6,11 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format clean
+FAULT_ROUNDS ?= 200
+FAULT_SEED ?= 1
+
+.PHONY: help install demo test faults lint format clean
 
 help:
 	@echo "make demo     set up, start everything on this machine, answer questions on pictures"
 	@echo "make test     format, lint, types, imports between the rooms, tests"
+	@echo "make faults   the long tests of faults: FAULT_ROUNDS rounds (200) of 500 jobs, FAULT_SEED (1)"
 	@echo "make lint     the same without the tests"
 	@echo "make format   format the code and mend what can be mended"
 	@echo "make install  set up $(VENV)"
@@ -37,6 +41,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults.rounds --rounds $(FAULT_ROUNDS) --seed $(FAULT_SEED)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

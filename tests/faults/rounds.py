@@ -136,11 +136,11 @@ class Arena:
         did = scenario.run(system, chance)
         system.heal()
         if system.redis_lost > redis_lost:
-            lost = self._ask(lambda session: session.scalar(select(db_now())))
-        ended = system.wait_for(lambda: load.done and self._unfinished(after) == 0, end_seconds)
+            lost = self.ask(lambda session: session.scalar(select(db_now())))
+        ended = system.wait_for(lambda: load.done and self.unfinished(after) == 0, end_seconds)
         system.wait_for(lambda: self._told(after, lost), told_seconds)
         seconds = time.monotonic() - begun
-        rows = self._ask(lambda session: Rows.read(session.connection(), after))
+        rows = self.ask(lambda session: Rows.read(session.connection(), after))
         keys = list(rows.jobs)
         values = self.redis.mget([job_key(id_) for id_ in keys]) if keys else []
         evidence = Evidence(
@@ -164,23 +164,23 @@ class Arena:
         )
 
     def _newest(self) -> str:
-        return self._ask(lambda session: session.scalar(select(func.max(Job.id)))) or "job_"
+        return self.ask(lambda session: session.scalar(select(func.max(Job.id)))) or "job_"
 
-    def _unfinished(self, after: str) -> int:
+    def unfinished(self, after: str) -> int:
         unfinished = select(func.count()).where(Job.id > after, Job.status.not_in(TERMINAL))
-        return self._ask(lambda session: session.scalar(unfinished)) or 0
+        return self.ask(lambda session: session.scalar(unfinished)) or 0
 
     def _told(self, after: str, lost: datetime | None) -> bool:
         """Whether the outbox is empty and every job's event has come."""
-        if self._ask(lambda session: session.scalar(select(func.count()).select_from(Outbox))):
+        if self.ask(lambda session: session.scalar(select(func.count()).select_from(Outbox))):
             return False
         ended = select(Job.id).where(Job.id > after)
         if lost is not None:
             ended = ended.where(Job.finished_at > lost)
-        ids = self._ask(lambda session: session.scalars(ended).all())
+        ids = self.ask(lambda session: session.scalars(ended).all())
         return all(id_ in self.collector.events for id_ in ids)
 
-    def _ask(self, question: Any) -> Any:
+    def ask(self, question: Any) -> Any:
         """The database, patiently: it may just have been restarted."""
         deadline = time.monotonic() + 60
         while True:
