@@ -59,6 +59,8 @@ class Evidence:
     """The CloudEvents from the result queue, by job id, repeats and all."""
     values: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
     """What Redis has of the ended jobs, by job id."""
+    objects: Sequence[str] = ()
+    """What is in the object store, by name."""
     lost_before: datetime | None = None
     """Redis has lost what it held at this time (the database's clock): of jobs that ended before
     it, neither event nor value need be there."""
@@ -154,6 +156,9 @@ class _Check:
             yield from self._job(self._rows.jobs[job_id], each)
         for session_id, turns in self._ledger.turns.items():
             yield from self._session(session_id, turns)
+        left = set(self._evidence.objects) - self._ledger.pictures.keys()
+        for name in left:
+            yield Violation("left behind", name, "nobody needs it any more")
         if self._rows.outbox:
             yield Violation("left behind", "outbox", f"{self._rows.outbox} entries")
         if self._rows.running_elsewhere:

@@ -115,6 +115,8 @@ class Arena:
         self.database.close()
         self.redis.close()
         self.system.__exit__(*error)
+        left = self.system.left_behind()
+        assert not left, f"processes that outlived their system: {left}"
 
     def round(
         self,
@@ -146,7 +148,8 @@ class Arena:
         evidence = Evidence(
             {id_: self.collector.events.pop(id_, []) for id_ in keys},
             {k: json.loads(v) for k, v in zip(keys, values, strict=True) if v is not None},
-            lost,
+            objects=self.system.objects(),
+            lost_before=lost,
         )
         violations = check(load.ledger, rows, evidence)
         if not ended:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal
@@ -216,6 +216,25 @@ class System:
         trace: TracebackType | None,
     ) -> None:
         self._running.close()
+
+    def left_behind(self) -> list[str]:
+        """Processes that still live, once the system has ended."""
+        control = str(self.folder / "control")
+        found = []
+        for each in psutil.process_iter():
+            with suppress(psutil.Error):
+                if each.environ().get(process.CONTROL) == control:
+                    found.append(f"{' '.join(each.cmdline())} ({each.pid})")
+        return found
+
+    def objects(self) -> list[str]:
+        """Names of all objects in the store."""
+        client = self.s3.client()
+        return [
+            f"s3://{bucket['Name']}/{each['Key']}"
+            for bucket in client.list_buckets()["Buckets"]
+            for each in client.list_objects_v2(Bucket=bucket["Name"]).get("Contents", [])
+        ]
 
     def tend(self) -> None:
         """Start again what has ended."""

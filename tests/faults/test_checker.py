@@ -250,6 +250,10 @@ def outbox_is_not_empty(played: Played) -> None:
     )
 
 
+def object_is_left(played: Played) -> None:
+    played.evidence.objects = [PICTURE, "s3://visq-uploads/unfinished"]
+
+
 def turns_ran_in_another_order(played: Played) -> None:
     first, second, _ = played.turns
     turns = next(iter(played.ledger.turns.values()))
@@ -318,6 +322,7 @@ def client_met_an_error(played: Played) -> None:
         (redis_tells_another_result, "told wrongly"),
         (redis_has_no_result, "untold"),
         (outbox_is_not_empty, "left behind"),
+        (object_is_left, "left behind"),
         (turns_ran_in_another_order, "out of order"),
         (turn_is_missing_in_the_history, "out of order"),
         (turn_is_doubled_in_the_history, "out of order"),
