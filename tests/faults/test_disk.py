@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from sqlalchemy import event, select
 
@@ -14,10 +15,12 @@ from migrations.run import upgrade
 from models import jobs, reading, submit
 from models.database import AsyncDatabase, Database
 from models.tables import Job
+from tests.deployment import API_KEY, Deployment
 from tests.faults.database_load import Load
 from tests.waiting import until
 from visq.errors import Unavailable
 from visq.types import JobRequest
+from visq.types import JobStatus as S
 
 MIB = 1 << 20
 
@@ -138,6 +141,43 @@ def test_a_disk_that_fills_up_under_load_loses_and_doubles_nothing(disk: SmallDi
             disk.make_room()
     load.settle()
     database.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_deployment_on_a_full_disk_refuses_jobs_and_ends_the_running_ones_later(
+    disk: SmallDisk, tmp_path: Path, redis_url: str
+) -> None:
+    settings = {
+        "database_url": f"sqlite:///{disk.folder / 'visq.db'}",
+        "redis_url": redis_url,
+        "broker_url": redis_url,
+    }
+    long = {"max_new_tokens": 60, "ignore_eos": True}
+    with Deployment(tmp_path / "visq", settings) as deployment, deployment.client() as client:
+        worker = deployment.start_worker()
+        running = [client.jobs.submit(prompt="go on", gen_config=long) for _ in range(2)]
+        queued = [client.jobs.submit(prompt="go on", gen_config=long)]
+        until(lambda: running[0].refresh().status is S.RUNNING, 30, "a running job")
+        disk.fill()
+        refused = httpx2.post(
+            f"{deployment.url}/v1/jobs",
+            json={"prompt": "x"},
+            headers={"Authorization": f"Bearer {API_KEY}"},
+            timeout=30,
+            trust_env=False,
+        )
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "unavailable"
+        assert refused.headers["retry-after"]
+        until(lambda: b"end not written yet" in worker.log.read_bytes(), 60, "an end that waits")
+        assert all(not job.refresh().status.is_terminal for job in running)
+        disk.make_room()
+        for job in [*running, *queued]:
+            assert job.wait(120).status is S.SUCCEEDED
+            assert sum(event.to_status.is_terminal for event in job.history()) == 1
+        assert worker.alive
+        for log in (worker.log, deployment.folder / "api.log"):
+            assert b"Traceback" not in log.read_bytes()
 
 
 def test_a_disk_that_has_become_read_only_is_an_outage(disk: SmallDisk) -> None:
