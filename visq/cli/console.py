@@ -1,4 +1,4 @@
-"""What all commands share: the console, and how settings and errors are read and shown."""
+"""What all commands share: the console, and how settings are read and server code is found."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ def load_settings(**given: Any) -> Settings:
             for item in error.errors(include_input=False, include_url=False)
         )
         raise ConfigurationError(f"settings: {wrong}") from None
+
+
+def mount_rooms(extra: str, needed: str) -> None:
+    """Make the server rooms importable.
+
+    :raises ConfigurationError: the module `needed` is missing; names the extra that has it.
+    """
+    from importlib.util import find_spec
+
+    from visq import rooms
+
+    if find_spec(needed) is None:
+        raise ConfigurationError(f"this command needs the extra: pip install 'visq[{extra}]'")
+    rooms.mount()

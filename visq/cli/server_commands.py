@@ -1,4 +1,4 @@
-"""The commands that run visq: ``up``, ``api``, ``worker``, ``migrate``, ``health``, ``config``."""
+"""The commands that run visq, and those for its operators: ``doctor`` and ``dead``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from visq.cli.console import console, load_settings
-from visq.errors import ConfigurationError, Unavailable
+from visq.cli import dead, doctor
+from visq.cli.console import console, load_settings, mount_rooms
+from visq.errors import Unavailable
 
 Data = Annotated[
     Path | None,
@@ -19,8 +20,9 @@ Data = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, api, worker, migrate, health, config):
+    for command in (up, api, worker, migrate, health, config, doctor.doctor):
         app.command(rich_help_panel="Servers")(command)
+    app.add_typer(dead.app, name="dead", rich_help_panel="Servers")
 
 
 def up(
@@ -39,7 +41,7 @@ def api(
 ) -> None:
     """Run the REST API."""
     settings = load_settings(host=host, port=port)
-    _mount("api", "fastapi")
+    mount_rooms("api", "fastapi")
     from api.main import serve
 
     serve(settings)
@@ -48,7 +50,7 @@ def api(
 def worker() -> None:
     """Run one worker: load the model, then take jobs."""
     settings = load_settings()
-    _mount("worker", "torch")
+    mount_rooms("worker", "torch")
     from worker.main import run
 
     raise typer.Exit(run(settings))
@@ -59,7 +61,7 @@ def migrate(
 ) -> None:
     """Bring the database's tables up to date."""
     settings = load_settings()
-    _mount("api", "alembic")
+    mount_rooms("api", "alembic")
     from sqlalchemy.exc import OperationalError
 
     from migrations.run import current, upgrade
@@ -96,14 +98,3 @@ def config(
         for line in row.meaning.splitlines():
             console.print(f"    [dim]{escape(line)}[/]", soft_wrap=True)
     console.print("[dim]Green: set by you. Each is an environment variable.[/]")
-
-
-def _mount(extra: str, needed: str) -> None:
-    """Make the rooms importable, or say which extra is not installed."""
-    from importlib.util import find_spec
-
-    from visq import rooms
-
-    if find_spec(needed) is None:
-        raise ConfigurationError(f"this command needs the extra: pip install 'visq[{extra}]'")
-    rooms.mount()

@@ -1,0 +1,95 @@
+"""Servers for the operators' commands, and jobs in the states that those commands are for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from models import jobs, submit
+from models.database import Database
+from models.outcomes import Failed
+from models.tables import Job
+from visq.cli import main
+from visq.errors import ImageFetchFailed, VisqError
+from visq.types import JobRequest
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``visq ...`` in this process, as the installed command does."""
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["visq", *arguments])
+        status = 0
+        try:
+            main.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return Done(status, said.out, said.err)
+
+    return run
+
+
+@dataclass
+class Jobs:
+    """Jobs of tenant ``acme``, in whatever state."""
+
+    database: Database
+    tenant_id: str
+
+    def submit(self, **fields: Any) -> Job:
+        request = JobRequest.model_validate({"prompt": "what is this?"} | fields)
+        return self.database.run(
+            submit.submit_job,
+            self.tenant_id,
+            request,
+            max_attempts=2,
+            idempotency_key=None,
+            fingerprint=submit.body_fingerprint(request),
+        ).job
+
+    def run_once(self, job_id: str, error: VisqError | None) -> None:
+        """Claim it; fail with `error`, if there is one."""
+        work = self.database.run(jobs.claim, job_id, worker="worker-1", lease_seconds=300)
+        assert work is not None
+        if error is not None:
+            self.database.run(jobs.finish, work.claim, Failed(error, backoff_seconds=0.0))
+
+    def dead(self, message: str = "the store is slow", **fields: Any) -> Job:
+        """A dead letter."""
+        job = self.submit(**fields)
+        for _ in range(2):
+            self.run_once(job.id, ImageFetchFailed(message))
+        return self.get(job.id)
+
+    def get(self, job_id: str) -> Job:
+        return self.database.read(jobs.get, job_id)
+
+    def sql(self, statement: str, **parameters: Any) -> None:
+        """For states that visq itself does not make, and for time that passes: ``AGO`` is five
+        minutes ago."""
+        ago = "now() - interval '5 minutes'"
+        if self.database.engine.dialect.name == "sqlite":
+            ago = "strftime('%Y-%m-%d %H:%M:%f', 'now', '-300 seconds') || '000'"
+        self.database.run(
+            lambda session: session.connection().execute(
+                text(statement.replace("AGO", ago)), parameters
+            )
+        )

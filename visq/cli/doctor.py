@@ -1,0 +1,156 @@
+"""``visq doctor``: is everything as it should be, and if not, what is to be done?
+
+It asks all servers at once, each in a thread of its own, and waits `ANSWER_SECONDS` for them: one
+that does not answer is a finding, and neither holds up the command nor the other questions.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from queue import Empty, SimpleQueue
+from typing import Final, Generic, TypeVar
+
+import typer
+from rich.markup import escape
+
+from visq.cli import checks, findings
+from visq.cli.client_common import AsJson, Exit
+from visq.cli.console import console, mount_rooms
+from visq.cli.findings import Finding
+from visq.cli.operator import WHICH_DATABASE, Data, operator_settings
+from visq.cli.show_settings import hide_password
+from visq.errors import ConfigurationError, VisqError
+from visq.settings import Settings
+
+T = TypeVar("T")
+
+ANSWER_SECONDS: Final = 10.0
+
+COLOURS: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+def doctor(as_json: AsJson = False, data: Data = None) -> None:
+    """Check the servers, the workers and the jobs, and say what to do; exit status 1: a problem."""
+    settings = operator_settings(data)
+    mount_rooms("api", "sqlalchemy")
+    found = list(examine(settings, ANSWER_SECONDS))
+    problems = any(finding.level == "problem" for finding in found)
+    if as_json:
+        listed = [asdict(finding) for finding in found]
+        typer.echo(json.dumps({"ok": not problems, "findings": listed}, indent=2))
+    else:
+        for finding in found:
+            _print(finding)
+    if problems:
+        raise typer.Exit(Exit.FAILED)
+
+
+def _print(finding: Finding) -> None:
+    colour = COLOURS[finding.level]
+    console.print(
+        f"[{colour}]{finding.level:<8}[/] [bold]{finding.check:<14}[/] {escape(finding.message)}",
+        soft_wrap=True,
+    )
+    if finding.advice and finding.level != "ok":
+        console.print(f"{'':<24}[dim]-> {escape(finding.advice)}[/]", soft_wrap=True)
+
+
+def examine(settings: Settings, seconds: float) -> Iterator[Finding]:
+    """Ask everything; what does not answer within `seconds` is a problem."""
+    deadline = time.monotonic() + seconds
+    database = Asked(checks.ask_database, settings)
+    broker = Asked(checks.ask_broker, settings)
+    redis = Asked(checks.ask_redis, settings)
+    store = Asked(checks.ask_store, settings)
+
+    found_database = database.answer(deadline)
+    if found_database is None:
+        yield _away("database", database, hide_password(settings.database), _DATABASE_AWAY)
+    else:
+        yield findings.database(found_database, settings)
+    broker.answer(deadline)
+    if broker.failure is not None:
+        yield _away("broker", broker, hide_password(settings.broker), _BROKER_AWAY)
+    else:
+        yield from findings.broker(broker.answer(deadline), settings)
+    found_redis = redis.answer(deadline)
+    if found_redis is None:
+        yield _away("redis", redis, hide_password(settings.redis), _REDIS_AWAY)
+    else:
+        yield findings.redis(settings)
+    found_store = store.answer(deadline)
+    if found_store is None:
+        yield _away("object store", store, settings.objects, _STORE_AWAY)
+    else:
+        yield Finding("object store", "ok", found_store)
+
+    checkup = None if found_database is None else found_database.checkup
+    at_redis, workers = found_redis or (None, None)
+    yield from findings.clocks(checkup, at_redis)
+    if workers is not None:
+        yield from findings.workers(workers, 0 if checkup is None else checkup.queued.count)
+    if checkup is None:
+        yield Finding("jobs", "warning", "not looked at, as the database could not be asked")
+        return
+    yield findings.queue(checkup, workers, settings)
+    for judge in (
+        findings.leases,
+        findings.deadlines,
+        findings.turns,
+        findings.outbox,
+        findings.dead_letters,
+    ):
+        yield judge(checkup)
+
+
+class Asked(Generic[T]):
+    """A question that is being asked in a thread, which ends with the process at the latest."""
+
+    def __init__(self, question: Callable[[Settings], T], settings: Settings) -> None:
+        self._said: SimpleQueue[tuple[T | None, VisqError | Exception | None]] = SimpleQueue()
+        self._answer: T | None = None
+        self._heard = False
+        self.failure: Exception | None = None
+        """Why there is no answer."""
+        threading.Thread(target=self._ask, args=(question, settings), daemon=True).start()
+
+    def answer(self, deadline: float) -> T | None:
+        """The answer, or ``None`` and a `failure`; waits for it until `deadline` (monotonic)."""
+        if not self._heard:
+            self._heard = True
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                self._answer, self.failure = self._said.get(timeout=left)
+            except Empty:
+                self.failure = TimeoutError("gives no answer, and does not refuse one")
+        return self._answer
+
+    def _ask(self, question: Callable[[Settings], T], settings: Settings) -> None:
+        try:
+            self._said.put((question(settings), None))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the other questions go on)
+            self._said.put((None, error))
+
+
+_WAITING = "start it, or mend its URL; until then"
+_DATABASE_AWAY = f"{_WAITING} the API answers 503, and what runs is ended and stored later"
+_BROKER_AWAY = f"{_WAITING} jobs are accepted and wait in the database, and results in the outbox"
+_REDIS_AWAY = (
+    f"{_WAITING} there are no token streams, results wait in the outbox, and nobody knows which "
+    "workers live"
+)
+_STORE_AWAY = f"{_WAITING} uploads are refused, and jobs with pictures are tried again"
+
+
+def _away(check: str, asked: Asked[T], where: str, advice: str) -> Finding:
+    error = asked.failure
+    if isinstance(error, ConfigurationError):
+        hint = WHICH_DATABASE if check == "database" else "see `visq config`"
+        return Finding(check, "problem", error.message, hint)
+    if isinstance(error, VisqError | TimeoutError):
+        return Finding(check, "problem", f"{where}: {error}", advice)
+    return Finding(check, "problem", f"{where}: {type(error).__name__}: {error}", advice)
