@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from amqp.exceptions import NotFound
 from kombu import Connection, Message, Queue
 
 from visq import consume
@@ -49,9 +50,12 @@ def consuming(
 
 
 def depth(broker_url: str, queue: str) -> int:
-    """Messages that wait in `queue`, not counting those that consumers hold."""
+    """Messages that wait in `queue`, not counting those that consumers hold; 0 if it is missing."""
     with Connection(broker_url) as connection:
-        return depth_of(Queue(queue, durable=True)(connection.default_channel))
+        try:
+            return depth_of(Queue(queue, durable=True)(connection.default_channel))
+        except NotFound:
+            return 0
 
 
 def take_all(broker_url: str, queue: str) -> list[Message]:

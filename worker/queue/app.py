@@ -34,7 +34,8 @@ def is_redis(url: str) -> bool:
 def transport_options(broker_url: str) -> dict[str, Any]:
     """Transport options of every connection that visq's own processes open."""
     if not is_redis(broker_url):
-        return {"confirm_publish": True}
+        # An outage is told at once: kombu would try to connect for six seconds at each message.
+        return {"confirm_publish": True, "max_retries": 1, "interval_start": 0}
     return {
         # Redelivery is not how a job recovers (its lease is), so this is long: a short one would
         # only bring repeats of messages whose jobs still run.

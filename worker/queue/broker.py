@@ -42,7 +42,7 @@ class Broker:
 
     def publish_jobs(self, jobs: Sequence[QueuedJob]) -> None:
         """Tell the workers of `jobs`: one message each, in the queue of its lane."""
-        with self._outage_typed(), self._app.producer_or_acquire() as producer:
+        with self._outage_typed(), self._app.producer_or_acquire() as p, _confirming(p) as producer:
             for job in jobs:
                 self._app.send_task(
                     RUN_TASK,
@@ -50,6 +50,7 @@ class Broker:
                     kwargs={"alone": True} if job.alone else {},
                     queue=queue_name(job.lane),
                     producer=producer,
+                    confirm_timeout=CONFIRM_SECONDS,
                 )
 
     def publish_result(self, event: dict[str, Any]) -> None:
@@ -63,7 +64,8 @@ class Broker:
             "message_id": event["id"],
             "retry": False,
         }
-        with self._outage_typed(), self._result_producer() as producer:
+        acquire = self._producers.acquire
+        with self._outage_typed(), acquire(block=True, timeout=5) as p, _confirming(p) as producer:
             publish: Callable[..., Any] = producer.publish
             publish(
                 **message,
@@ -91,21 +93,20 @@ class Broker:
         self._app.close()
 
     @contextmanager
-    def _result_producer(self) -> Iterator[Producer]:
-        with self._producers.acquire(block=True, timeout=5) as producer:
-            connection = producer.connection
-            assert connection is not None, "a producer of the pool has one"
-            try:
-                yield producer
-            except BaseException:
-                # Not used again: a confirmation that is still to come would be taken for that of
-                # the next message.
-                connection.collect()
-                raise
-
-    @contextmanager
     def _outage_typed(self) -> Iterator[None]:
         try:
             yield
         except self._errors as error:
             raise Unavailable(f"the broker does not answer ({type(error).__name__})") from error
+
+
+@contextmanager
+def _confirming(producer: Producer) -> Iterator[Producer]:
+    """Close the connection at an error: a confirmation that is still to come would be taken for
+    that of the next message."""
+    try:
+        yield producer
+    except BaseException:
+        if producer.connection is not None:
+            producer.connection.collect()
+        raise
