@@ -43,6 +43,8 @@ from visq.types import JobStatus
 
 END_SECONDS: Final = 150.0
 """After the fault, all jobs must have ended within this."""
+START_SECONDS: Final = 15.0
+"""The fault comes after this at the latest."""
 TOLD_SECONDS: Final = 30.0
 """And the world must know of it within this, then."""
 
@@ -134,7 +136,7 @@ class Arena:
         begun = time.monotonic()
         load = Load(system, seed, amounts, self.pictures, poison=scenario.poison)
         load.start()
-        system.wait(chance.uniform(0.1, 1.0))
+        self._let_it_run(after, round(amounts.total * chance.uniform(0.02, 0.5)))
         did = scenario.run(system, chance)
         system.heal()
         if system.redis_lost > redis_lost:
@@ -165,6 +167,17 @@ class Arena:
             dict(sorted(attempts.items())),
             [str(each) for each in violations],
         )
+
+    def _let_it_run(self, after: str, jobs: int) -> None:
+        """Until so many of the round's jobs have ended, and others are under way."""
+        ended = select(func.count()).where(Job.id > after, Job.finished_at.is_not(None))
+        running = select(func.count()).where(Job.id > after, Job.status == JobStatus.RUNNING)
+
+        def under_way() -> bool:
+            counts = self.ask(lambda s: (s.scalar(ended) or 0, s.scalar(running) or 0))
+            return bool(counts[0] >= jobs and counts[1])
+
+        self.system.wait_for(under_way, START_SECONDS)
 
     def _newest(self) -> str:
         return self.ask(lambda session: session.scalar(select(func.max(Job.id)))) or "job_"
