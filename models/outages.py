@@ -29,17 +29,22 @@ _ROLLED_BACK: Final = (
 )
 """PostgreSQL's SQLSTATEs after which the same transaction may succeed at once."""
 
-_MAY_PASS: Final = (
-    "08",  # connection exception
-    "25006",  # read-only: after a failover, this is no longer the primary
-    "25P03",  # idle in transaction for too long: this process was stopped
+_BUSY: Final = (
     "40",  # transaction rolled back: deadlock, serialization failure
     "53",  # insufficient resources: connections, disk, memory
     "55P03",  # lock not available
-    "57",  # operator intervention: shutdown, start, statement cancelled
-    "58",  # system error: input and output
+    "57014",  # statement cancelled, by its time limit
 )
 """Beginnings of PostgreSQL's SQLSTATEs for a transaction that may succeed when it is repeated."""
+
+_UNABLE: Final = (
+    "08",  # connection exception
+    "25006",  # read-only: after a failover, this is no longer the primary
+    "25P03",  # idle in transaction for too long: this process was stopped
+    "57",  # operator intervention: shutdown, start
+    "58",  # system error: input and output
+)
+"""The same, for a server that cannot do it just now."""
 
 _SQLITE_MAY_PASS: Final = {
     sqlite3.SQLITE_BUSY: "the database is too busy for this just now; try again",
@@ -90,9 +95,9 @@ def _passing(error: DBAPIError) -> str | None:
         # cannot send, which is an error of another class.
         away = isinstance(error, OperationalError | InterfaceError)
         return "the database does not answer; try again" if away else None
-    if state.startswith(_MAY_PASS):
+    if state.startswith(_BUSY):
         return "the database is too busy for this just now; try again"
-    return None
+    return "the database cannot do this just now; try again" if state.startswith(_UNABLE) else None
 
 
 def _sqlstate(error: DBAPIError) -> str | None:

@@ -207,3 +207,13 @@ def test_a_key_that_comes_at_once_from_many_makes_one_job_of_serializable_transa
         for key in "abcdefgh":
             assert len(set(pool.map(submit_it, [key] * 8))) == 1
     database.close()
+
+
+def test_a_server_that_takes_no_writes_is_an_outage(postgres_url: str) -> None:
+    """After a failover the old primary is a standby."""
+    upgrade(postgres_url)
+    standby = Database(f"{postgres_url}?options=-c%20default_transaction_read_only%3Don")
+    with pytest.raises(Unavailable, match="cannot do this"):
+        standby.run(reading.ensure_tenants, ["acme"])
+    standby.ping()
+    standby.close()
