@@ -10,7 +10,7 @@ import redis
 
 from visq.errors import Unavailable
 from visq.settings import Settings
-from visq.streams import live_workers
+from visq.streams import failed_workers, live_workers
 
 TIMEOUT_SECONDS = 5
 
@@ -43,10 +43,15 @@ def _worker(settings: Settings) -> str:
     )
     try:
         found = any(worker.id.startswith(f"{host}:") for worker in live_workers(client))
+        failed = [each for each in failed_workers(client) if each.host == host]
     except redis.RedisError as error:
         raise Unavailable(f"Redis does not answer: {error}") from error
     finally:
         client.close()
     if not found:
-        raise Unavailable(f"no worker of {host} has announced itself")
+        why = "".join(
+            f"; one could not load {each.model} ({each.at:%Y-%m-%d %H:%M:%S} UTC): {each.reason}"
+            for each in failed
+        )
+        raise Unavailable(f"no worker of {host} has announced itself{why}")
     return f"a worker of {host} is ready"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from sqlalchemy import text
 
 from models import jobs, submit
@@ -15,7 +17,11 @@ from models.database import Database
 from models.outcomes import Failed
 from models.tables import Job
 from visq.cli import main
+from visq.cli.doctor import examine
+from visq.cli.findings import Finding
 from visq.errors import ImageFetchFailed, VisqError
+from visq.settings import Settings
+from visq.streams import WorkerInfo, announce_worker
 from visq.types import JobRequest
 
 
@@ -93,3 +99,35 @@ class Jobs:
                 text(statement.replace("AGO", ago)), parameters
             )
         )
+
+
+SECONDS = 10.0
+"""That the doctor waits for servers."""
+
+
+def settings_for(database_url: str, redis_url: str, folder: Path, **more: Any) -> Settings:
+    urls = {"database_url": database_url, "redis_url": redis_url, "broker_url": redis_url}
+    return Settings(**{"data": folder, **urls, **more})
+
+
+def announce(url: str, *, in_flight: int = 0) -> None:
+    info = WorkerInfo(
+        id="here:1:a",
+        model="small",
+        engine="native",
+        device="cpu",
+        dtype="float32",
+        concurrency=4,
+        in_flight=in_flight,
+    )
+    with redis.Redis.from_url(url) as client:
+        announce_worker(client, info, ttl_seconds=60)
+
+
+def found(settings: Settings, seconds: float = SECONDS) -> dict[str, Finding]:
+    """Findings by what was checked; the last of several."""
+    return {each.check: each for each in examine(settings, seconds)}
+
+
+def wrong(settings: Settings, seconds: float = SECONDS) -> dict[str, Finding]:
+    return {each.check: each for each in examine(settings, seconds) if each.level != "ok"}
