@@ -38,6 +38,7 @@ from worker.engine.face import (
 )
 from worker.engine.lanes import LaneQueue, Task
 from worker.engine.loading import LoadedModel
+from worker.engine.memory import give_back, is_out_of_memory, out_of_memory
 from worker.engine.prompt import PromptBuilder
 from worker.engine.sampling import check, hf_generation_config, logits_processors
 
@@ -121,19 +122,19 @@ class GenerateEngine:
             return self._generator.answer(task, self._between_tokens)
         except VisqError as error:
             return Failed(error)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                if isinstance(error, torch.AcceleratorError):
+                    # CUDA is unusable from here on: only a new process helps.
+                    logger.exception("request %s: CUDA failed; the engine ends", task.request.id)
+                    self.ended.set()
+                    self._fail_waiting()
+                    return Failed(EngineCrashed("CUDA failed while this request was in the engine"))
+                logger.exception("request %s failed", task.request.id)
+                return Failed(EngineError("the engine failed on this request; its log says more"))
             logger.exception("request %s: out of memory", task.request.id)
-            torch.cuda.empty_cache()
-            return Failed(EngineCrashed("the engine ran out of GPU memory in this request"))
-        except torch.AcceleratorError:
-            # CUDA is unusable from here on: only a new process helps.
-            logger.exception("request %s: CUDA has failed; the engine ends", task.request.id)
-            self.ended.set()
-            self._fail_waiting()
-            return Failed(EngineCrashed("CUDA failed while this request was in the engine"))
-        except Exception:
-            logger.exception("request %s failed", task.request.id)
-            return Failed(EngineError("the engine failed on this request; its log says more"))
+        give_back()
+        return Failed(out_of_memory())
 
     def _between_tokens(self, task: Task) -> Outcome | None:
         """What ends the running `task` now, if anything; also ends waiting tasks in time."""

@@ -45,6 +45,7 @@ from worker.engine.generation import Generation
 from worker.engine.intake import Intake, Running
 from worker.engine.lanes import Task
 from worker.engine.loading import LoadedModel
+from worker.engine.memory import give_back, is_out_of_memory, out_of_memory
 from worker.engine.runner import Launched
 from worker.engine.sampler import SampleRow
 from worker.engine.scheduler import Step
@@ -281,46 +282,70 @@ class NativeEngine:
             if sequence.slot >= 0:
                 running, generation = self._owners[sequence]
                 with self._failing(running):
-                    generated = generation.generated_ids
-                    self._sampler.begin(sequence.slot, generation.params, generated)
-                    if generated:
-                        self._runner.resume(sequence.slot, generated[-1])
+                    if not self._has_begun(sequence, generation):
+                        self._make_room()
+                        self._begin_one(sequence, generation)
+
+    def _has_begun(self, sequence: Sequence, generation: Generation) -> bool:
+        """Begin it; False if there was no memory for that."""
+        try:
+            self._begin_one(sequence, generation)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _begin_one(self, sequence: Sequence, generation: Generation) -> None:
+        generated = generation.generated_ids
+        self._sampler.begin(sequence.slot, generation.params, generated)
+        if generated:
+            self._runner.resume(sequence.slot, generated[-1])
 
     def _launch(self, step: Step) -> Launched | None:
         try:
-            rows = self._rows(step)
-            if not step.chunks:
+            launched = self._compute(step)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                if isinstance(error, torch.AcceleratorError):
+                    # CUDA is unusable from here on: only a new process helps.
+                    self.ended.set()
+                    raise
+                logger.exception("a step of %d sequences has failed", len(step.chunks))
+                if not self._scheduler.suspect(step):
+                    self._fail(step, error if isinstance(error, VisqError) else _failure(error))
                 return None
-            start = time.monotonic()
-            self._runner.encode(step)
-            if step.encode:
-                self._counters.encoded_images += len(step.encode)
-                self._counters.vision_seconds += time.monotonic() - start
-            keep = rows is not None and any(
-                self._owners[c.sequence][1].keep_logits for c in step.chunks if c.samples
-            )
-            launched = self._runner.launch(step, rows, keep_logits=keep)
-        except torch.AcceleratorError:
-            # CUDA is unusable from here on: only a new process helps.
-            self.ended.set()
-            raise
-        except torch.OutOfMemoryError:
             logger.exception(
                 "no memory for a step of %d tokens; the next ones are smaller", step.tokens
             )
-            self._vision.clear()
-            if self._loaded.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if not self._scheduler.shrink(step):
-                self._fail(step, EngineCrashed("the engine ran out of memory in this request"))
+        else:
+            if launched is not None:
+                self._scheduler.launched(step)
+            return launched
+        self._make_room()
+        if not self._scheduler.shrink(step):
+            self._fail(step, out_of_memory())
+        return None
+
+    def _compute(self, step: Step) -> Launched | None:
+        """Let the device begin `step`; ``None`` if nothing is left of it."""
+        rows = self._rows(step)
+        if not step.chunks:
             return None
-        except Exception as error:
-            logger.exception("a step of %d sequences has failed", len(step.chunks))
-            if not self._scheduler.suspect(step):
-                self._fail(step, error if isinstance(error, VisqError) else _failure())
-            return None
-        self._scheduler.launched(step)
-        return launched
+        start = time.monotonic()
+        self._runner.encode(step)
+        if step.encode:
+            self._counters.encoded_images += len(step.encode)
+            self._counters.vision_seconds += time.monotonic() - start
+        keep = rows is not None and any(
+            self._owners[c.sequence][1].keep_logits for c in step.chunks if c.samples
+        )
+        return self._runner.launch(step, rows, keep_logits=keep)
+
+    def _make_room(self) -> None:
+        """There was no memory: do without what can be computed again."""
+        self._vision.clear()
+        give_back()
 
     def _fail(self, step: Step, error: VisqError) -> None:
         for chunk in step.chunks:
@@ -406,7 +431,7 @@ class NativeEngine:
         """End a request in whose own part `error` was raised."""
         if not isinstance(error, VisqError):
             logger.error("request %s failed", running.task.request.id, exc_info=error)
-            error = _failure()
+            error = _failure(error)
         self._end_request(running, Failed(error))
 
     def _end_request(self, running: Running, outcome: Outcome) -> None:
@@ -437,7 +462,9 @@ class NativeEngine:
             self._end_request(running, Failed(error))
 
 
-def _failure() -> EngineError:
+def _failure(error: Exception) -> EngineError:
+    if is_out_of_memory(error):
+        return out_of_memory()
     return EngineError("the engine failed on this request; its log says more")
 
 

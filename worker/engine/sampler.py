@@ -166,6 +166,8 @@ class Sampler:
                 tokens = chosen
         asked = [(i, each.logprobs) for i, each in enumerate(params) if each.logprobs is not None]
         packed = self._pack_logprobs(logits, tokens, asked) if asked else None
+        # Last, since a step that fails before is computed once more, after the same tokens.
+        self._note(tokens, rows, params)
         return Sampled(tokens, packed, asked, failed)
 
     @staticmethod
@@ -207,12 +209,18 @@ class Sampler:
         if penalised:
             self._penalise(scores, penalised, slots, [params[i] for i in penalised])
         self._ban(scores, rows, params)
-        tokens = self._choose(scores, rows, params)
+        return self._choose(scores, rows, params)
+
+    def _note(
+        self, tokens: Tensor, rows: Sequence[SampleRow], params: Sequence[SamplingParams]
+    ) -> None:
+        """Remember the tokens of those rows that are penalised for them: on the device, so that the
+        next step can start before the host knows the tokens."""
+        penalised = [i for i, each in enumerate(params) if each.repetition_penalty != 1.0]
         if penalised:
-            # On the device, so that the next step can start before the host knows the tokens.
             assert self._seen is not None
+            slots = self._upload([rows[i].slot for i in penalised])
             self._seen[slots, tokens.index_select(0, self._upload(penalised))] = True
-        return tokens
 
     def _apply_bitmasks(self, scores: Tensor, rows: Sequence[SampleRow]) -> None:
         masks = [(i, row.bitmask) for i, row in enumerate(rows) if row.bitmask is not None]
