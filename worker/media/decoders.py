@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 _SPAWN: Final = multiprocessing.get_context("spawn")
 _START_SECONDS: Final = 60.0
-_CRASHES: Final = 2
+_TRIES: Final = 2
+"""Processes that may fail with a picture before it is the picture's fault."""
 _MAX_ANSWER: Final = 10_000
 
 _ERRORS: Final[dict[str, type[VisqError]]] = {
@@ -76,7 +77,10 @@ class Decoders:
 
 
 class _CrashedError(Exception):
-    """The process ended, or spoke nonsense, before it answered."""
+    """The process ended, spoke nonsense, or was silent for too long, before it answered."""
+
+    def __init__(self, what: str = "crashed the media process that decoded it") -> None:
+        super().__init__(what)
 
 
 class _Decoder:
@@ -94,17 +98,19 @@ class _Decoder:
         return self._process.pid or 0
 
     def decode(self, data: bytes, sha256: str) -> PixelBuffer:
-        for _ in range(_CRASHES):
+        failure = ""
+        for _ in range(_TRIES):
             if not self._process.is_alive():  # it died between two pictures
                 self._restart()
             try:
                 with reserved_name() as name:
                     height, width = self._ask(data, name)
                 return PixelBuffer(name, height, width, sha256)
-            except _CrashedError:
-                log.warning("media process %d crashed", self.pid)
+            except _CrashedError as error:
+                failure = str(error)
+                log.warning("media process %d: an image %s", self.pid, failure)
                 self._restart()
-        raise ImageUndecodable("crashed the media process that decoded it")
+        raise ImageUndecodable(failure)
 
     def close(self) -> None:
         with self._lock:
@@ -122,8 +128,8 @@ class _Decoder:
                 return _parse(self._pipe.recv_bytes(_MAX_ANSWER), self._limits)
         except (EOFError, OSError) as error:
             raise _CrashedError from error
-        self._restart()
-        raise ImageUndecodable(f"took longer than {self._limits.seconds:g} s to decode")
+        # The image need not be the reason: the process may have been stopped, or starved.
+        raise _CrashedError(f"took longer than {self._limits.seconds:g} s to decode")
 
     def _await_start(self) -> None:
         """Wait until the process has imported what it needs: not part of a picture's time."""
