@@ -26,7 +26,8 @@ from worker.engine import child, process
 from worker.engine.config import EngineConfig
 
 CONTROL = "FAULT_CONTROL"
-"""Names the folder with the files that arm processes."""
+"""Names the folder with the files that arm processes, and with the ids of engines' processes."""
+NAME = "FAULT_NAME"
 
 Deed = Literal["kill", "stop"]
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -67,6 +68,7 @@ class _Trap:
 
 def play(connection: Connection[Any, Any], config: EngineConfig, owner: int) -> None:
     """The engine's process. The module that would load torch is not imported."""
+    Path(os.environ[CONTROL], f"{os.environ[NAME]}.engine").write_text(str(os.getpid()))
     opening: Any = ModuleType("worker.engine.opening")
     opening.open_engine = PlayedEngine
     sys.modules[opening.__name__] = opening
@@ -82,6 +84,7 @@ def _set_clock_off(seconds: float) -> None:
 
 def main() -> None:
     name, command = sys.argv[1:]
+    os.environ[NAME] = name
     if "FAULT_CLOCK" in os.environ:
         _set_clock_off(float(os.environ["FAULT_CLOCK"]))
     if "FAULT_MUTATION" in os.environ:

@@ -116,12 +116,10 @@ class Process:
 
     def engine(self) -> psutil.Process | None:
         """The engine's process of a worker, if there is one just now."""
-        try:
-            children = psutil.Process(self.pid).children()
-            spawned = [each for each in children if "spawn_main" in " ".join(each.cmdline())]
-            return min(spawned, key=lambda each: each.create_time(), default=None)
-        except psutil.NoSuchProcess:
-            return None
+        with suppress(OSError, ValueError, psutil.NoSuchProcess):
+            engine = psutil.Process(int((self._control / f"{self.name}.engine").read_text()))
+            return engine if engine.ppid() == self.pid else None
+        return None
 
     def end(self) -> None:
         if self._popen is not None:
