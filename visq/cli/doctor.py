@@ -18,10 +18,9 @@ import typer
 from rich.markup import escape
 
 from visq.cli import checks, findings
-from visq.cli.client_common import AsJson, Exit
 from visq.cli.console import console, mount_rooms
 from visq.cli.findings import Finding
-from visq.cli.operator import WHICH_DATABASE, Data, operator_settings
+from visq.cli.operator import WHICH_DATABASE
 from visq.cli.show_settings import hide_password
 from visq.errors import ConfigurationError, VisqError
 from visq.settings import Settings
@@ -33,20 +32,18 @@ ANSWER_SECONDS: Final = 10.0
 COLOURS: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-def doctor(as_json: AsJson = False, data: Data = None) -> None:
-    """Check the servers, the workers and the jobs, and say what to do; exit status 1: a problem."""
-    settings = operator_settings(data)
+def run(settings: Settings, *, as_json: bool) -> bool:
+    """Examine, and print what was found; returns whether there is no problem."""
     mount_rooms("api", "sqlalchemy")
     found = list(examine(settings, ANSWER_SECONDS))
-    problems = any(finding.level == "problem" for finding in found)
+    well = all(finding.level != "problem" for finding in found)
     if as_json:
         listed = [asdict(finding) for finding in found]
-        typer.echo(json.dumps({"ok": not problems, "findings": listed}, indent=2))
+        typer.echo(json.dumps({"ok": well, "findings": listed}, indent=2))
     else:
         for finding in found:
             _print(finding)
-    if problems:
-        raise typer.Exit(Exit.FAILED)
+    return well
 
 
 def _print(finding: Finding) -> None:

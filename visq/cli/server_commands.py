@@ -9,8 +9,11 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from visq.cli import dead, doctor
+from visq.cli import dead
+from visq.cli.client_common import AsJson, Exit
 from visq.cli.console import console, load_settings, mount_rooms
+from visq.cli.operator import Data as OperatorData
+from visq.cli.operator import operator_settings
 from visq.errors import Unavailable
 
 Data = Annotated[
@@ -20,7 +23,7 @@ Data = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    for command in (up, api, worker, migrate, health, config, doctor.doctor):
+    for command in (up, api, worker, migrate, health, config, doctor):
         app.command(rich_help_panel="Servers")(command)
     app.add_typer(dead.app, name="dead", rich_help_panel="Servers")
 
@@ -80,6 +83,14 @@ def health(
     from visq.cli.health import check
 
     console.print(check(part, load_settings()))
+
+
+def doctor(as_json: AsJson = False, data: OperatorData = None) -> None:
+    """Check the servers, the workers and the jobs, and say what to do; exit status 1: a problem."""
+    from visq.cli.doctor import run
+
+    if not run(operator_settings(data), as_json=as_json):
+        raise typer.Exit(Exit.FAILED)
 
 
 def config(
