@@ -62,6 +62,7 @@ def pool_arguments(pool_size: int, limits: Limits) -> dict[str, Any]:
         "max_overflow": pool_size,
         "pool_pre_ping": True,
         "pool_timeout": limits.pool,
+        "hide_parameters": True,  # errors go to the logs, prompts do not
     }
 
 

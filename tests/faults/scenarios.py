@@ -403,6 +403,16 @@ def clock_off(system: System, chance: random.Random) -> str:
     return f"{early.name} was 5 minutes ahead, {late.name} behind"
 
 
+def fill_the_disk(system: System, chance: random.Random) -> str:
+    """Of the data folders (the cache of images), and of SQLite."""
+    if system.disk is None:
+        return "nothing: this machine lets the tests mount no disk"
+    system.disk.fill()
+    system.wait(chance.uniform(1.0, LEASE_SECONDS + 1.0))
+    system.disk.make_room()
+    return "the disk was full"
+
+
 def nothing(system: System, chance: random.Random) -> str:
     return "nothing"
 
@@ -457,6 +467,7 @@ SCENARIOS: Final[Sequence[Scenario]] = (
     Scenario("no way to the broker", partition("broker", longer_than_lease=False)),
     Scenario("broker cut off", cut_off("broker")),
     Scenario("store fails", lie_about_pictures),
+    Scenario("disk full", fill_the_disk),
     Scenario("clocks 5 minutes off", clock_off),
     Scenario("poison for engines", nothing, poison=(KILLS_ENGINE,)),
     Scenario("poison for workers", nothing, poison=(KILLS_WORKER,)),

@@ -25,6 +25,7 @@ import psutil
 
 from tests.deployment import API_KEY
 from tests.faults import process
+from tests.faults.disk import SmallDisk
 from tests.faults.proxy import Proxy, url_through
 from tests.faults.store import LyingStore
 from tests.servers import PostgreSQL, RabbitMQ, S3Endpoint, Server, Valkey
@@ -34,6 +35,8 @@ from visq.points import Point
 
 LEASE_SECONDS: Final = 3.0
 BUCKET: Final = "pictures"
+DISK_BYTES: Final = 512 * 1024 * 1024
+"""Of the disk with the data folders, and with the database if that is SQLite."""
 
 SETTINGS: Final = {
     "api_keys": f"acme:{API_KEY}",
@@ -182,6 +185,11 @@ class System:
         control.mkdir()
         for server in self.servers:
             self._running.enter_context(server)
+        disk = self.folder / "disk"
+        disk.mkdir()
+        self.disk = SmallDisk.mounted(disk, DISK_BYTES)
+        if self.disk is not None:
+            self._running.callback(self.disk.remove)
         self._running.callback(self._end_processes)
         self.s3.create_bucket(BUCKET)
         self.store = self._running.enter_context(LyingStore(self.s3))
@@ -189,7 +197,7 @@ class System:
             self._running.enter_context(Proxy(port)) for port in self._ports()
         )
         self.database_url = (
-            f"sqlite:///{self.folder / 'visq.db'}"
+            f"sqlite:///{disk / 'visq.db'}"
             if self.postgres is None
             else self.postgres.create_database()
         )
@@ -268,6 +276,8 @@ class System:
         for server in self.servers:
             if not server.alive:
                 server.start()
+        if self.disk is not None:
+            self.disk.make_room()
         self.tend()
 
     @contextmanager
@@ -304,7 +314,7 @@ class System:
             urls = tuple(url_through(u, p.port) for u, p in zip(urls, proxies, strict=True))
         name = f"{kind}-{number}"
         values = self._settings | {
-            "data": str(self.folder / name),
+            "data": str(self.folder / "disk" / name),
             "database_url": urls[0],
             "redis_url": urls[1],
             "broker_url": urls[2],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from models.database import AsyncDatabase, Database
 from models.tables import Job
 from tests.deployment import API_KEY, Deployment
 from tests.faults.database_load import Load
+from tests.faults.disk import SmallDisk
 from tests.waiting import until
 from visq.errors import Unavailable
 from visq.types import JobRequest
@@ -25,42 +25,12 @@ from visq.types import JobStatus as S
 MIB = 1 << 20
 
 
-class SmallDisk:
-    """A file system of its own, in memory."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder = folder
-        self.mount(f"size={size}")
-
-    def fill(self) -> None:
-        """Leave no byte free."""
-        with (self.folder / "ballast").open("wb", buffering=0) as ballast:
-            for piece in (1 << 16, 1 << 12, 1):
-                try:
-                    while ballast.write(b"\0" * piece):
-                        pass
-                except OSError:
-                    continue
-
-    def make_room(self) -> None:
-        """Take back what `fill` wrote."""
-        (self.folder / "ballast").unlink()
-
-    def remove(self) -> None:
-        subprocess.run(["umount", "--lazy", self.folder], check=True)
-
-    def mount(self, options: str) -> None:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
-        subprocess.run(command, check=True, capture_output=True)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    try:
-        disk = SmallDisk(folder, 16 * MIB)
-    except (OSError, subprocess.CalledProcessError):
+    disk = SmallDisk.mounted(folder, 16 * MIB)
+    if disk is None:
         pytest.skip("this machine lets the tests mount nothing")
     yield disk
     disk.remove()
