@@ -15,7 +15,7 @@ from hypothesis.stateful import rule
 
 from tests.models.protocol_calls import Fate
 from tests.models.protocol_loops import LoopRules
-from tests.models.protocol_workers import WorkerRules, answered
+from tests.models.protocol_workers import answered
 from tests.models.protocol_world import STEPS, NothingError, Parcel, Step
 
 ROUNDS = 60
@@ -23,7 +23,7 @@ ROUNDS = 60
 two crashes behind it or before it, and a session some turns; each needs a round."""
 
 
-class Protocol(WorkerRules, LoopRules):
+class Protocol(LoopRules):
     """All rules together."""
 
     @rule(step=st.sampled_from(STEPS).flatmap(lambda drawn: drawn))

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from hypothesis import note
-from sqlalchemy import delete, text, update
+from sqlalchemy import Update, delete, text, update
 from sqlalchemy.orm import Session
 
 from models.database import Database, TenantSession, UTCDateTime, db_now
@@ -30,9 +30,6 @@ R = TypeVar("R")
 HOLD_AFTER = 0.3
 """Seconds of real time that may pass before the rows' times are moved along with it: what is due in
 an example depends on its steps only, not on how fast they are."""
-
-HOLD_LESS = 0.05
-"""Seconds that are left to pass, so that what was due at once is so still."""
 
 DOUBTFUL_AFTER = 0.9
 """Seconds after which it is not known what was due when a transaction ran (no two times of the
@@ -170,21 +167,31 @@ class Calls:
 
     def let_lease_run_out(self, job_id: str) -> None:
         """Nobody has renewed the lease of this running job for as long as it lasts."""
-        self.end_held()
-        self.database.run(
-            lambda session: session.execute(
-                update(Job)
-                .where(Job.id == job_id, Job.status == JobStatus.RUNNING)
-                .values(lease_expires_at=db_now(-10.0)),
-                execution_options={"synchronize_session": False},
-            )
+        self._change(
+            update(Job)
+            .where(Job.id == job_id, Job.status == JobStatus.RUNNING)
+            .values(lease_expires_at=db_now(-10.0))
         )
+
+    def let_a_moment_pass(self) -> None:
+        """What became due just now (it has left a batch's window) is so, whatever the speed."""
+        self._hold_the_clock()
+        self._change(
+            update(Job)
+            .where(Job.publish_at.between(db_now(-1.0), db_now(1.0)))
+            .values(publish_at=db_now(-1.0))
+        )
+
+    def _change(self, statement: Update) -> None:
+        self.end_held()
+        options = {"synchronize_session": False}
+        self.database.run(lambda session: session.execute(statement, execution_options=options))
         self._refresh()
 
     def _hold_the_clock(self) -> None:
         passed = time.monotonic() - self._held_still_at
         if passed > HOLD_AFTER and self._held is None:
-            self.pass_time(HOLD_LESS - passed)
+            self.pass_time(-passed)
 
     def _run(self, body: Callable[[Session], R], fate: Fate) -> tuple[R | None, VisqError | None]:
         answer: list[R] = []

@@ -176,7 +176,14 @@ class WorkerRules(World):
     @step(8, pick=PICKS, how=HOW, fate=FATES)
     def finish(self, pick: int, how: str, fate: Fate) -> None:
         """A run ends. If its worker does not hear so, it says the same again later."""
-        run = self.one_of(self.runs, pick)
+        self.say_end(self.one_of(self.runs, pick), how, fate)
+
+    @step(4, pick=PICKS, how=HOW, fate=FATES)
+    def finish_too_late(self, pick: int, how: str, fate: Fate) -> None:
+        """As `finish`, of a run that has lost its job."""
+        self.say_end(self.one_of([run for run in self.runs if not self.owns(run)], pick), how, fate)
+
+    def say_end(self, run: Run, how: str, fate: Fate) -> None:
         if run.outcome is None:
             run.outcome = answered(run.work) if how == "answer" else ENDS[how]
         self.end(run, run.outcome, fate)

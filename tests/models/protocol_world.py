@@ -46,7 +46,8 @@ PICKS = st.integers(0, 60)
 
 MANY = st.lists(PICKS, min_size=1, max_size=4, unique=True)
 FATES = st.sampled_from([*[Fate.DONE] * 8, *[Fate.SLOW] * 2, *list(Fate)[1:]])
-WORKERS = st.sampled_from(["worker A", "worker B", "worker C"])
+NAMES = ["worker A", "worker B", "worker C"]
+WORKERS = st.sampled_from(NAMES)
 RARELY = st.sampled_from([False, False, False, True])
 
 
