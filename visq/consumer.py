@@ -338,8 +338,12 @@ class _Connected:
 
     def _move(self, message: Message, queue: str, failure: Failure | None) -> None:
         """Put a copy into `queue`, then acknowledge: between the two it may be there twice."""
-        copy = copy_of(message) if failure is None else failed_copy_of(message, failure)
-        send(self._side, queue, **copy)
+        # Who only looks at dead letters does not overwrite what they say.
+        only_looked_at = is_dead(message) and self._consumer.max_deliveries is None
+        if failure is None or only_looked_at:
+            send(self._side, queue, **copy_of(message))
+        else:
+            send(self._side, queue, **failed_copy_of(message, failure))
         self._settle(message)
 
     def _settle(self, message: Message) -> None:

@@ -82,10 +82,14 @@ def test_dead_letters_are_looked_at_and_brought_back(broker_url: str) -> None:
         raise RuntimeError("only looking")
 
     looked: list[Event] = []
-    with consuming(broker_url, "work.dead", look, topics=(), max_deliveries=None, max_pause=3600):
-        until(lambda: looked, SOON, "the dead letter")
-    assert looked[0].failure is not None
-    assert (looked[0].failure.deliveries, looked[0].failure.error) == (2, "ValueError")
+    for times in (1, 2):
+        with consuming(
+            broker_url, "work.dead", look, topics=(), max_deliveries=None, max_pause=3600
+        ):
+            until(lambda: len(looked) == times, SOON, "the dead letter")  # noqa: B023
+        failure = looked[-1].failure
+        assert failure is not None
+        assert (failure.deliveries, failure.error) == (2, "ValueError")
 
     assert bring_back("work", broker_url=broker_url) == 1
     assert bring_back("work", broker_url=broker_url) == 0
