@@ -39,6 +39,9 @@ SMALL: Final = 100_000_000
 """Weights below which one CPU thread is best: the steps are too short to share, and threads that
 wait for each other on a busy machine made them 8 times as long (32 for 4 ms, two cores)."""
 
+NAMES_TOLD: Final = 5
+"""Of the tensors that a checkpoint lacks."""
+
 UNKNOWN_CONTEXT: Final = 4096
 """Context of a model that does not say its own."""
 
@@ -154,8 +157,12 @@ def _load_native(source: str, device: torch.device, dtype: torch.dtype) -> tuple
         raise ValueError(f"visq does not know how to talk to models of type {hf_config.model_type}")
     auto_model = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     processor = load_processor(source) if takes_images else AutoTokenizer.from_pretrained(source)
-    model = auto_model.from_pretrained(source, dtype=dtype).to(device).eval()
-    return takes_images, model, processor
+    model, found = auto_model.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        # transformers would leave them at random values, and say so in a warning.
+        names = ", ".join(missing[:NAMES_TOLD]) + (" ..." if len(missing) > NAMES_TOLD else "")
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {names}")
+    return takes_images, model.to(device).eval(), processor
 
 
 def _end_ids(tokenizer: Any, generation_config: Any, vocab_size: int) -> frozenset[int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+from visq.errors import ConfigurationError
 from worker.engine.config import EngineConfig
 from worker.engine.loading import load, vocabulary_key
 
@@ -38,3 +41,17 @@ def test_a_model_is_loaded_with_the_key_of_its_vocabulary_with_added_tokens(
     assert loaded.tokenizer_key == vocabulary_key(tokenizer.get_vocab())
     tokenizer.add_tokens(["<|something-new|>"])
     assert loaded.tokenizer_key != vocabulary_key(tokenizer.get_vocab())
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused_and_not_filled_at_random(
+    vision_model: Path, tmp_path: Path
+) -> None:
+    torn = tmp_path / "torn"
+    shutil.copytree(vision_model, torn)
+    [file] = torn.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if "layers.0" in name)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"lacks 1 tensors: .*layers\.0"):
+        load(EngineConfig(model=str(torn), device="cpu"))
