@@ -166,12 +166,13 @@ def test_an_end_of_memory_in_a_step_changes_nobodys_answer(
         assert prepared_left() == before
 
 
-def test_a_slot_for_which_there_is_no_memory_now_is_given_later(
-    folder: Path, pictures: list[PixelBuffer]
+@pytest.mark.parametrize(("place", "when"), [("slots", At(0, 3)), ("log probabilities", At(0, 4))])
+def test_sampling_that_finds_no_memory_half_way_is_done_again_as_if_for_the_first_time(
+    folder: Path, pictures: list[PixelBuffer], place: str, when: At
 ) -> None:
     with opened(folder) as engine:
         alone = [finished(outcome_of(engine.submit(each))) for each in varied(pictures)]
-        fails = break_at(engine, "slots", At(0, 3)())
+        fails = break_at(engine, place, when())
         handles = [engine.submit(each) for each in varied(pictures)]
         answers = [finished(outcome_of(handle)) for handle in handles]
         assert fails.failures == 2
