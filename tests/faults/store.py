@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 import socket
 import struct
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -364,6 +365,11 @@ class LyingStore:
 class _Server(ThreadingHTTPServer):
     request_queue_size = 128
     block_on_close = False  # silent ones may still wait
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of those that hang up: their processes are killed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         lingers, _ = struct.unpack("ii", request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
