@@ -302,9 +302,9 @@ def wipe(session: Session) -> None:
 
 
 def _move_times(session: Session, seconds: float) -> None:
-    """Add `seconds` to all times of jobs and of the outbox."""
+    """Add `seconds` to all times of jobs, their histories, and the outbox."""
     sqlite = session.get_bind().dialect.name == "sqlite"
-    for kind in (Job, Outbox):
+    for kind in (Job, JobEvent, Outbox):
         columns = [each for each in kind.__table__.columns if isinstance(each.type, UTCDateTime)]
         moved = [
             f"{column.name} = strftime('%Y-%m-%d %H:%M:%f', {column.name}, :by) || '000'"
