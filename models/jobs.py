@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import bindparam, exists, func, or_, select, update
+from sqlalchemy import bindparam, exists, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import batches, sessions
@@ -58,7 +58,7 @@ from models.outcomes import (
     Transition,
     Work,
 )
-from models.tables import Batch, Job, Tenant
+from models.tables import Batch, Job, JobEvent, Tenant
 from visq.errors import EngineCrashed, NotFound, NotRetriable
 from visq.types import BatchStatus, JobStatus, Prompt
 
@@ -143,9 +143,12 @@ def work_of(session: Session, job: Job, tenant: str, now: datetime) -> Work:
 
 _RENEW: Final = (
     update(Job)
-    .where(Job.id.in_(bindparam("job_ids", expanding=True)), Job.status == JobStatus.RUNNING)
+    .where(
+        tuple_(Job.id, Job.attempt).in_(bindparam("held", expanding=True)),
+        Job.status == JobStatus.RUNNING,
+    )
     .values(lease_expires_at=db_now("lease_seconds"))
-    .returning(Job.id, Job.attempt, Job.cancel_requested_at)
+    .returning(Job.id, Job.cancel_requested_at)
     .execution_options(synchronize_session=False)
 )
 
@@ -153,12 +156,12 @@ _RENEW: Final = (
 def renew(session: Session, claims: Sequence[Claim], *, lease_seconds: float) -> list[Renewed]:
     """Extend the leases of a worker's claims, in one UPDATE. A claim that is not in the answer is
     lost: its job has gone on without this run."""
-    held = {claim.job_id: claim for claim in claims}
-    rows = fetch(session, _RENEW, {"job_ids": list(held), "lease_seconds": lease_seconds})
+    by_id = {claim.job_id: claim for claim in claims}
+    held = [(claim.job_id, claim.attempt) for claim in claims]
+    rows = fetch(session, _RENEW, {"held": held, "lease_seconds": lease_seconds})
     return [
-        Renewed(held[job_id], cancel_requested_at is not None)
-        for job_id, attempt, cancel_requested_at in rows
-        if held[job_id].attempt == attempt
+        Renewed(by_id[job_id], cancel_requested_at is not None)
+        for job_id, cancel_requested_at in rows
     ]
 
 
@@ -309,10 +312,20 @@ def retry(session: Session, job_id: str) -> Transition:
         JobStatus.FAILED,
         JobStatus.QUEUED,
         reason="retried by a call",
-        expires_in_seconds=_seconds_left(job.expires_at, job.created_at),
+        expires_in_seconds=_seconds_left(job.expires_at, _last_queued_by_a_call(session, job)),
     )
     assert queued is not None, "the row was locked"
     return Transition(queued, queued=[to_publish(queued)])
+
+
+_LAST_RETRY: Final = select(func.max(JobEvent.at)).where(
+    JobEvent.job_id == bindparam("job_id"), JobEvent.from_status == JobStatus.FAILED
+)
+
+
+def _last_queued_by_a_call(session: Session, job: Job) -> datetime:
+    """When it was submitted, or last retried: the deadline was counted from there."""
+    return session.scalar(_LAST_RETRY, {"job_id": job.id}) or job.created_at
 
 
 def delete_session(session: Session, session_id: str) -> list[Transition]:

@@ -18,7 +18,6 @@ from tests.models.protocol_world import (
     MOST_JOBS,
     PICKS,
     RARELY,
-    UNMENDED,
     NothingError,
     Parcel,
     World,
@@ -201,7 +200,7 @@ class ClientRules(World):
             assert (job.expires_at is None) == (given is None)
             if reply.direct and given is not None and job.expires_at is not None:
                 left = job.expires_at - reply.before.now
-                wrong = abs((left - given).total_seconds()) > 5 and "retry" not in UNMENDED
+                wrong = abs((left - given).total_seconds()) > 5
                 assert not wrong, f"{self.name(job.id)} was given {given}, and has {left} again"
             if reply.committed:
                 self.made(reply.value, reply)

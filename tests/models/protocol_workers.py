@@ -30,7 +30,6 @@ from tests.models.protocol_world import (
     MANY,
     PICKS,
     RARELY,
-    UNMENDED,
     WORKERS,
     Run,
     World,
@@ -164,8 +163,7 @@ class WorkerRules(World):
                 changed = reply.before.changed(Job, reply.after)
                 others = changed - {claim.job_id for claim in renewed}
                 named = sorted(map(self.name, others))
-                wrong = others and "renew" not in UNMENDED
-                assert not wrong, f"{worker} has lost {named}, and renewed another's lease"
+                assert not others, f"{worker} has lost {named}, and renewed another's lease"
             if reply.heard and not deaf:
                 lost = [run for run in mine.values() if run.work.claim not in renewed]
                 self.runs = [run for run in self.runs if run not in lost]

@@ -31,10 +31,6 @@ BACKOFF = 20.0
 DEADLINE = 2000.0
 LATER = (7.0, 7.0, 70.0, 70.0, 700.0, 3500.0)
 
-UNMENDED = frozenset({"renew", "retry"})
-"""Known defects that the model looks past; test_protocol.py has the smallest test of each, which
-says so when it is mended."""
-
 MOST_JOBS = 20
 """Of an example: with more, its steps only become slower."""
 
