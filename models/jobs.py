@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 
+from pydantic import ValidationError
 from sqlalchemy import bindparam, exists, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
@@ -59,7 +60,7 @@ from models.outcomes import (
     Work,
 )
 from models.tables import Batch, Job, JobEvent, Tenant
-from visq.errors import EngineCrashed, NotFound, NotRetriable
+from visq.errors import EngineCrashed, InternalError, NotFound, NotRetriable
 from visq.types import BatchStatus, JobStatus, Prompt
 
 # --- a run: claim, renew, finish -------------------------------------------------------------
@@ -86,8 +87,12 @@ CLAIM_GUARDS: Final = (*_CLAIM_GUARDS, ~ALONE)
 """Of a job that may run among others."""
 _CLAIM: Final = moving(*CLAIM_GUARDS, **CLAIM_VALUES)
 _CLAIM_ALONE: Final = moving(*_CLAIM_GUARDS, ALONE, **CLAIM_VALUES)
-_WAITS_ALONE: Final = exists().where(
-    Job.id == bindparam("job_id"), Job.status == JobStatus.QUEUED, ALONE, *_CLAIM_GUARDS
+_STOP_FOR: Final = (
+    update(Job)
+    .where(Job.id == bindparam("job_id"), Job.status == JobStatus.QUEUED, ALONE, *_CLAIM_GUARDS)
+    .values(publish_at=db_now("seconds"))
+    .returning(Job.id)
+    .execution_options(synchronize_session=False)
 )
 _TENANT_AND_TIME: Final = select(Tenant.name, db_now()).where(Tenant.id == bindparam("tenant_id"))
 
@@ -113,12 +118,20 @@ def claim(
     if job is None:
         return None
     tenant, now = fetch(session, _TENANT_AND_TIME, {"tenant_id": job.tenant_id}).one()
-    return work_of(session, job, tenant, now)
+    try:
+        return work_of(session, job, tenant, now)
+    except ValidationError as error:
+        # Of another version. If it were raised, the job would be claimed again for ever.
+        unreadable = InternalError(f"what is stored of this job cannot be read: {error}")
+        finish(session, Claim(job.id, job.attempt, job.session_id), Failed(unreadable))
+        return None
 
 
-def waits_alone(session: Session, job_id: str) -> bool:
-    """Whether the job is there to be taken alone: a look before a worker stops for it."""
-    return bool(session.scalar(select(_WAITS_ALONE), {"job_id": job_id}))
+def stop_for(session: Session, job_id: str, *, seconds: float) -> bool:
+    """Whether the job is there to be taken alone. If so, this worker stops for it, and it is not
+    published again for `seconds`: other workers need not stop as well."""
+    row = session.execute(_STOP_FOR, {"job_id": job_id, "seconds": seconds})
+    return row.one_or_none() is not None
 
 
 def work_of(session: Session, job: Job, tenant: str, now: datetime) -> Work:
@@ -163,6 +176,16 @@ def renew(session: Session, claims: Sequence[Claim], *, lease_seconds: float) ->
         Renewed(by_id[job_id], cancel_requested_at is not None)
         for job_id, cancel_requested_at in rows
     ]
+
+
+_HELD: Final = select(Job.id, Job.attempt, Job.session_id).where(
+    Job.status == JobStatus.RUNNING, Job.worker == bindparam("held_by")
+)
+
+
+def claims_of(session: Session, worker: str) -> list[Claim]:
+    """The claims that the database knows of a worker."""
+    return [Claim(*row) for row in fetch(session, _HELD, {"held_by": worker})]
 
 
 _FENCE: Final = Job.attempt == bindparam("held_attempt")

@@ -23,6 +23,7 @@ answers with, and ``retryable``: whether a job that met it is attempted again by
     ├── EngineError                    the model could not answer
     │   ├── ContextLengthExceeded, AdapterNotFound
     │   └── EngineCrashed, EngineDown  retryable: the engine died, or has not come up again
+    ├── InternalError                  retryable: visq met something that it did not expect
     └── JobFailed                      a job ended without an answer (raised by the client)
         └── AttemptsExhausted, JobCancelled, JobExpired
     ConfigurationError                 the process cannot start as it is set up
@@ -52,6 +53,13 @@ class VisqError(Exception):
 
 def _rebuild(kind: type[VisqError], message: str, param: str | None) -> VisqError:
     return kind(message, param=param)
+
+
+class InternalError(VisqError):
+    """visq met something that it did not expect; tried again by itself, since it may be the
+    machine (no memory, no file descriptors), and the next attempt may be on another."""
+
+    retryable = True
 
 
 class ConfigurationError(VisqError):

@@ -7,6 +7,7 @@ without a write.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
@@ -26,7 +27,7 @@ from models.outcomes import (
     Work,
 )
 from visq import points
-from visq.errors import EngineDown, Unavailable, VisqError
+from visq.errors import EngineDown, InternalError, Unavailable, VisqError
 from visq.exact import exact_ids
 from visq.settings import Settings
 from visq.types import Message
@@ -83,11 +84,14 @@ class Executor:
 
         :param alone: what the message says: the job must run without others beside it.
         """
-        if alone and not self._waits_alone(job_id):
-            return  # nothing to stop the others for
-        company = self._company.alone if alone else self._company.shared
-        with company(lambda: self._runs.shutting_down) as free:
-            # If not, the worker shuts down: the job is still queued, and is published again.
+        if not alone:
+            company = self._company.shared(lambda: self._runs.shutting_down)
+        elif self._stops_for(job_id):
+            company = self._company.alone(self._no_longer(job_id))
+        else:
+            return
+        with company as free:
+            # If not, the job is still queued, and is published again.
             if free and self._engine_is_up():
                 self._run(job_id, alone)
 
@@ -128,9 +132,26 @@ class Executor:
             time.sleep(ENGINE_LOOK_SECONDS)
         return True
 
-    def _waits_alone(self, job_id: str) -> bool:
+    def _no_longer(self, job_id: str) -> Callable[[], bool]:
+        """Whether to stop waiting to be alone with a job: asked often, answered from time to time
+        by the database."""
+        looked = time.monotonic()
+
+        def gives_up() -> bool:
+            nonlocal looked
+            if self._runs.shutting_down:
+                return True
+            if time.monotonic() - looked < self._settings.republish_seconds / 3:
+                return False
+            looked = time.monotonic()
+            return not self._stops_for(job_id)
+
+        return gives_up
+
+    def _stops_for(self, job_id: str) -> bool:
+        seconds = self._settings.republish_seconds
         try:
-            return self._database.read(jobs.waits_alone, job_id)
+            return self._database.run(jobs.stop_for, job_id, seconds=seconds)
         except Unavailable:
             return False  # it is published again
 
@@ -138,6 +159,7 @@ class Executor:
         try:
             return self._committer.claim_alone(job_id) if alone else self._committer.claim(job_id)
         except Unavailable as error:
+            self._runs.doubt_claims()  # the commit may have got through
             log.warning("not claimed; it is published again", job=job_id, error=str(error))
             return None
 
@@ -154,7 +176,7 @@ class Executor:
             return self._failed(refusal)
         except Exception:
             log.exception("run failed", job=work.claim.job_id)
-            return self._failed(VisqError("visq failed at this job; the worker's log says why"))
+            return self._failed(InternalError("visq failed at this job; the worker's log says why"))
         match answer:
             case Finished():
                 info = self._engine.info

@@ -17,7 +17,7 @@ import structlog
 
 from models import jobs
 from models.database import Database
-from models.outcomes import Claim
+from models.outcomes import Claim, HandedBack
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.streams import CANCEL_CHANNEL, WorkerInfo, announce_worker, withdraw_worker
@@ -86,6 +86,10 @@ class Runs:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._shutting_down = False
+        self._doubtful = False
+        """Whether claims were asked for that may have been given without our hearing of it."""
+        self._unheld: set[Claim] = set()
+        """Claims that the database knew of and we did not, at the last look."""
         self.on_end: Callable[[Run], None] | None = None
         """Told of each run that has ended."""
         self._threads = [
@@ -112,6 +116,8 @@ class Runs:
         """A run whose lease is renewed until the block ends."""
         run = Run(claim)
         with self._lock:
+            if (earlier := self._runs.get(claim.job_id)) is not None:
+                earlier.stop("lost")  # this process stood still for longer than its lease
             self._runs[claim.job_id] = run
             if self._shutting_down:
                 run.stop("shutdown")
@@ -150,6 +156,8 @@ class Runs:
 
         :raises Unavailable: the database does not answer.
         """
+        if self._doubtful:
+            self._hand_back_unheld()
         with self._lock:
             runs = dict(self._runs)
         if not runs:
@@ -168,6 +176,23 @@ class Runs:
             lost = [run for id_, run in runs.items() if id_ not in alive and id_ in self._runs]
         for run in lost:
             run.stop("lost")
+
+    def doubt_claims(self) -> None:
+        """A claim has met an outage: the database may have given it, and then nobody runs it."""
+        self._doubtful = True
+
+    def _hand_back_unheld(self) -> None:
+        """Hand back what the database says that we hold, and we do not: at the second look, since
+        a claim may just be on its way."""
+        worker_id = self._describe(0).id
+        with self._lock:
+            held = {run.claim for run in self._runs.values()}
+        unheld = set(self._database.read(jobs.claims_of, worker_id)) - held
+        for claim in unheld & self._unheld:
+            log.warning("handing back a claim that nobody runs", job=claim.job_id)
+            self._database.run(jobs.finish, claim, HandedBack("the answer to its claim was lost"))
+        self._doubtful = bool(unheld - self._unheld)
+        self._unheld = unheld
 
     def _announce(self) -> None:
         info = self._describe(self.in_flight)

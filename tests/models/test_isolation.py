@@ -45,9 +45,11 @@ def test_a_job_that_was_there_at_two_deaths_is_not_blamed_but_runs_alone_from_th
     suspect = world.job(job.id)
     assert (suspect.failures, suspect.crashes) == (0, 2)
     assert world.claim(job.id) is None
-    assert world.database.read(jobs.waits_alone, job.id)
-    [due] = world.database.run(dispatch.reserve_due, limit=10, republish_seconds=NEVER)
+    [due] = world.database.run(dispatch.reserve_due, limit=10, republish_seconds=-1.0)
     assert due.job == QueuedJob(job.id, job.lane, alone=True)
+    assert world.database.run(jobs.stop_for, job.id, seconds=NEVER)
+    again = world.database.run(dispatch.reserve_due, limit=10, republish_seconds=NEVER)
+    assert again == [], "one worker stops for it: the others need not"
     work = claim_alone(world, job.id)
     assert work is not None
     assert world.finish(work, answered(work, "a cat")) is not None

@@ -63,7 +63,7 @@ def test_who_comes_later_waits_for_the_one_that_wants_to_be_alone(
     first = Runner(threads, company, "shared")
     assert first.inside.wait(30)
     alone = Runner(threads, company, "alone")
-    until(lambda: company._wanting_alone == 1, 30, "the one that wants to be alone")
+    until(lambda: company._alone, 30, "the one that wants to be alone")
     later = Runner(threads, company, "shared")
     first.end()
     assert alone.inside.wait(30)
@@ -71,6 +71,39 @@ def test_who_comes_later_waits_for_the_one_that_wants_to_be_alone(
     alone.end()
     assert later.inside.wait(30)
     later.end()
+
+
+def test_those_that_were_kept_waiting_go_before_the_next_one_that_wants_to_be_alone(
+    threads: ThreadPoolExecutor,
+) -> None:
+    company = Company()
+    first = Runner(threads, company, "alone")
+    assert first.inside.wait(30)
+    sharers = [Runner(threads, company, "shared") for _ in range(3)]
+    until(lambda: company._waiting == 3, 30, "those that are kept waiting")
+    first.end()
+    second = Runner(threads, company, "alone")
+    assert all(runner.inside.wait(30) for runner in sharers)
+    assert not second.inside.is_set()
+    for runner in sharers:
+        runner.end()
+    assert second.inside.wait(30)
+    second.end()
+
+
+def test_only_one_waits_to_be_alone(threads: ThreadPoolExecutor) -> None:
+    company = Company()
+    sharer = Runner(threads, company, "shared")
+    assert sharer.inside.wait(30)
+    alone = Runner(threads, company, "alone")
+    until(lambda: company._alone, 30, "the one that waits")
+    with company.alone(never) as free:
+        assert not free, "it would only hold a slot"
+    sharer.end()
+    assert alone.inside.wait(30)
+    with company.alone(never) as free:
+        assert not free
+    alone.end()
 
 
 def test_waiting_is_given_up_at_a_shutdown_and_blocks_nobody_after_it(

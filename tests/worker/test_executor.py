@@ -305,3 +305,40 @@ def test_logprobs_and_perplexity_are_in_the_stored_result(world: World) -> None:
     assert result.token_ids == [512, 9]
     assert result.logprobs == [{512: -2.5, 7: -0.25}, {9: -0.5, 10: -9999.0}]
     assert result.ppl == 1.5
+
+
+def claimed(world: World, job_id: str) -> Claim:
+    work = world.database.run(jobs.claim, job_id, worker="w1", lease_seconds=30.0)
+    assert work is not None
+    return work.claim
+
+
+def test_a_claim_whose_answer_was_lost_is_handed_back_without_a_failure(world: World) -> None:
+    lost, held = world.submit(), world.submit()
+    claimed(world, lost)
+    with world.runs.holding(claimed(world, held)):
+        world.runs.heartbeat()
+        assert world.job(lost).status is JobStatus.RUNNING, "nobody has doubts"
+        world.runs.doubt_claims()
+        world.runs.heartbeat()
+        assert world.job(lost).status is JobStatus.RUNNING, "it may just be on its way"
+        world.runs.heartbeat()
+        job = world.job(lost)
+        assert (job.status, job.failures, job.crashes) == (JobStatus.QUEUED, 0, 0)
+        assert world.job(held).status is JobStatus.RUNNING
+
+
+def test_what_nobody_expected_costs_an_attempt_and_not_the_job(world: World) -> None:
+    def no_memory(*_: object) -> Handle:
+        raise MemoryError
+
+    world.engine.submit = no_memory  # type: ignore[method-assign]
+    job = world.run()
+    assert (job.status, job.failures) == (JobStatus.QUEUED, 1)
+
+
+def test_a_second_run_of_a_job_stops_the_first_one_that_this_worker_had_lost(world: World) -> None:
+    job_id = world.submit()
+    claim = claimed(world, job_id)
+    with world.runs.holding(claim) as first, world.runs.holding(replace(claim, attempt=2)):
+        assert first.stop_reason == "lost"

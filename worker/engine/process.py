@@ -37,6 +37,7 @@ from worker.engine.face import (
     EngineRequest,
     Event,
     Failed,
+    Finished,
     Handle,
     KnownImage,
     Stopped,
@@ -104,6 +105,7 @@ class ProcessEngine:
         self._outbox: _Outbox | None = None  # of the process that runs, once its model is loaded
         self._process: BaseProcess | None = None
         self._gave_up = False
+        self._answered = False  # whether the process that runs has answered a request
         self._closing = threading.Event()
         self._started = threading.Event()
         self._info: EngineInfo | None = None
@@ -194,7 +196,8 @@ class ProcessEngine:
                 if self._closing.is_set():
                     break
                 if failure is None:
-                    pause = 0.0
+                    # One that has answered nothing may be ill: it must not get all jobs at once.
+                    pause = 0.0 if self._answered else min(LONGEST_PAUSE, 2 * pause + 1)
                     logger.error("the engine process ended; starting it again")
                 elif self._info is None:
                     self._failure = failure
@@ -209,6 +212,7 @@ class ProcessEngine:
 
     def _live(self) -> str | None:
         """One process from its start to its end; returns why it did not come up, if so."""
+        self._answered = False
         begun = time.monotonic()
         try:
             connection = self._start()
@@ -278,6 +282,7 @@ class ProcessEngine:
         for request, event in said:
             if request is not None:
                 request.handle.publish(event)
+        self._answered = self._answered or any(isinstance(o, Finished) for _, o in ended)
         for request, outcome in ended:
             if request is not None:
                 request.handle.publish(outcome)
