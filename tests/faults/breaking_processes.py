@@ -128,7 +128,7 @@ POINTS_OF_APIS: Final[tuple[Point, ...]] = (
 def kill_after_a_rescue(system: System, chance: random.Random) -> str:
     """A worker dies; whoever takes its jobs dies before it has published what follows."""
     for each in system.processes:
-        each.arm("jobs.rescued", 1)
+        each.arm("jobs.moved", 1)
     system.workers[0].kill()
     starts = sum(each.starts for each in system.processes)
     system.wait_for(lambda: sum(p.starts for p in system.processes) >= starts + 2, 8)

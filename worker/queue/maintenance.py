@@ -171,7 +171,7 @@ class Maintenance:
         # All at once: a broker that is away is waited for once, not for each job.
         done = [each for each in made if each is not None]
         if done:
-            points.reached("jobs.rescued")
+            points.reached("jobs.moved")
         self._courier.deliver_all(done)
         # A batch is being cancelled, and these items of it run.
         self._courier.nudge_cancel(
