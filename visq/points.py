@@ -16,7 +16,7 @@ Point: TypeAlias = Literal[
     "transaction.committed",
     "jobs.reserved",  # the maintenance loop has taken jobs that are due, and will publish them
     "jobs.published",  # they are in the broker, which is noted next
-    "jobs.moved",  # the maintenance loop has rescued, expired or cancelled jobs, and tells of it next
+    "jobs.moved",  # jobs were rescued, expired or cancelled, what follows is published next
     "events.reserved",  # the maintenance loop has taken entries of the outbox
     "events.in_redis",  # results are in Redis, and go to the broker next
     "events.published",  # results are in the broker, and leave the outbox next

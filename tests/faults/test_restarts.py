@@ -233,7 +233,7 @@ def test_a_broker_that_is_away_at_submit_delays_the_job_only(
 
 
 @on_sqlite
-def test_the_death_of_the_engine_process_costs_an_attempt_not_the_job(
+def test_a_job_outlives_the_death_of_the_engine_process(
     deployment: Deployment, client: Client
 ) -> None:
     import psutil
