@@ -47,7 +47,7 @@ class Load:
     decode_batches: tuple[int, ...] = (64, 256)
     decode_new: int = 64
     singles: int = 5
-    one_by_one: int = 16
+    one_by_one: int = 6
     """Image requests for a system that answers one at a time."""
     static_batches: tuple[int, ...] = (16, 64)
     sessions: int = 3
