@@ -4,7 +4,8 @@
 a short grace in which the process that queued it publishes it) or after its back-off. Publishing
 moves `publish_at` ahead, so a message that a broker lost is published again: first publication,
 left-overs of a crash, retries and lost messages are one loop
-(docs/decisions/003-publish-at.md).
+(docs/decisions/003-publish-at.md). First publications go before repeats: a job that merely waits
+for its turn is repeated for as long as it waits, and must not keep others out of the broker.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import ColumnElement, Select, bindparam, case, func, literal_column, select, update
 from sqlalchemy.orm import Session
 
 from models.database import db_now, fetch
@@ -31,13 +32,23 @@ class DueJob:
     publishes: int
 
 
-_DUE: Final = (
-    select(Job.id)
-    .where(Job.status == JobStatus.QUEUED, Job.publish_at <= db_now())
-    .order_by(Job.publish_at)
-    .limit(bindparam("most"))
-    .with_for_update(skip_locked=True)
-)
+# Not parameters: an index may be for these rows only, and must be known to fit.
+_QUEUED: Final = Job.status == literal_column(f"'{JobStatus.QUEUED.value}'")
+_UNPUBLISHED: Final = Job.publishes == literal_column("0")
+
+
+def _due(*which: ColumnElement[bool]) -> Select[str]:
+    return (
+        select(Job.id)
+        .where(_QUEUED, Job.publish_at <= db_now(), *which)
+        .order_by(Job.publish_at)
+        .limit(bindparam("most"))
+        .with_for_update(skip_locked=True)
+    )
+
+
+_FIRST: Final = _due(_UNPUBLISHED)
+_REPEATS: Final = _due(Job.publishes > 0)
 _RESERVE: Final = (
     update(Job)
     .where(Job.id.in_(bindparam("job_ids", expanding=True)))
@@ -48,14 +59,16 @@ _RESERVE: Final = (
 
 
 def reserve_due(session: Session, *, limit: int, republish_seconds: float) -> list[DueJob]:
-    """Take jobs that are due for publishing; a crash before they are published only delays them
-    by `republish_seconds`."""
+    """Take jobs that are due for publishing, at most `limit`: first publications, and repeats in
+    what room is left. A crash before they are published only delays them by `republish_seconds`."""
     # Not a subquery of the UPDATE: PostgreSQL may run one with SKIP LOCKED again for each row, and
     # each run takes `limit` other rows.
-    due = session.scalars(_DUE, {"most": limit}).all()
+    due = list(session.scalars(_FIRST, {"most": limit}))
+    if len(due) < limit:
+        due += session.scalars(_REPEATS, {"most": limit - len(due)})
     if not due:
         return []
-    rows = fetch(session, _RESERVE, {"job_ids": list(due), "republish_seconds": republish_seconds})
+    rows = fetch(session, _RESERVE, {"job_ids": due, "republish_seconds": republish_seconds})
     due_jobs = (
         DueJob(QueuedJob(id_, lane, alone), publishes) for id_, lane, alone, publishes in rows
     )
@@ -73,11 +86,14 @@ def mark_published(session: Session, job_ids: Sequence[str], *, republish_second
 
 
 def publish_again_now(session: Session, job_ids: Sequence[str], *, seconds: float) -> None:
-    """Publishing of reserved jobs failed: they are due again in `seconds`."""
+    """Publishing of reserved jobs failed: they are due again in `seconds`, as what they were."""
     session.execute(
         update(Job)
         .where(Job.id.in_(job_ids), Job.status == JobStatus.QUEUED)
-        .values(publish_at=db_now(seconds), publishes=0),
+        .values(
+            publish_at=db_now(seconds),
+            publishes=case((Job.publishes > 0, Job.publishes - 1), else_=0),
+        ),
         execution_options={"synchronize_session": False},
     )
 

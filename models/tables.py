@@ -167,6 +167,9 @@ class Job(TenantOwned, Base):
         # What claim, dispatch and maintenance look at; finished rows are in none of these.
         _partial_index("ix_jobs_queued", "lane", "id", where="status = 'queued'"),
         _partial_index("ix_jobs_to_publish", "publish_at", where="status = 'queued'"),
+        _partial_index(
+            "ix_jobs_unpublished", "publish_at", where="status = 'queued' AND publishes = 0"
+        ),
         _partial_index("ix_jobs_leases", "lease_expires_at", where="status = 'running'"),
         _partial_index("ix_jobs_deadlines", "expires_at", where="status IN ('waiting', 'queued')"),
         _partial_index("ix_jobs_dead", "dead_at", where="dead_at IS NOT NULL"),
