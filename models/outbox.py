@@ -1,7 +1,8 @@
 """The outbox: result events that are written with the job's end and published after the commit.
 
 The process that ended the job publishes at once; the maintenance loop publishes what was left
-behind (a crash, a broker that was away). A reserved row that is not deleted comes back by itself.
+behind (a crash, a broker that was away, a queue that refuses). A reserved row that is not deleted
+comes back by itself; what was refused comes back later each time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ GRACE_SECONDS = 3.0
 REDELIVERY_SECONDS = 10.0
 """How long a reservation holds."""
 
+FIRST_PAUSE: Final = 5.0
+"""Seconds before an event that was refused is tried again; twice as long after each refusal."""
+
+LONGEST_PAUSE: Final = 120.0
+"""At most."""
+
 
 @dataclass(frozen=True)
 class OutboxEntry:
@@ -33,6 +40,17 @@ class OutboxEntry:
     id: str
     kind: str
     payload: dict[str, Any]
+    tries: int = 0
+    """How often it was reserved, this time included; 0: it has just been written."""
+
+
+@dataclass(frozen=True)
+class Postponed:
+    """An entry that is due again in `seconds`; `tried` if that time counts as one of its tries."""
+
+    entry: OutboxEntry
+    seconds: float
+    tried: bool
 
 
 _TENANT_NAMES: Final = select(Tenant.id, Tenant.name).where(
@@ -84,12 +102,10 @@ def reserve(session: Session, limit: int) -> list[OutboxEntry]:
         update(Outbox)
         .where(Outbox.id.in_(due))
         .values(available_at=db_now(REDELIVERY_SECONDS), tries=Outbox.tries + 1)
-        .returning(Outbox.id, Outbox.kind, Outbox.payload),
+        .returning(Outbox.id, Outbox.kind, Outbox.payload, Outbox.tries),
         execution_options={"synchronize_session": False},
     )
-    return sorted(
-        (OutboxEntry(id_, kind, payload) for id_, kind, payload in rows), key=lambda e: e.id
-    )
+    return sorted((OutboxEntry(*row) for row in rows), key=lambda entry: entry.id)
 
 
 _ENTRIES: Final = table(Outbox)
@@ -99,3 +115,52 @@ _DELETE: Final = delete(_ENTRIES).where(_ENTRIES.c.id.in_(bindparam("entry_ids",
 def done(session: Session, entry_ids: list[str]) -> None:
     """The entries were published and confirmed."""
     session.execute(_DELETE, {"entry_ids": entry_ids})
+
+
+def refused(entry: OutboxEntry) -> Postponed:
+    """It was tried, and whoever it is for does not take it."""
+    return Postponed(entry, pause_after(entry.tries), tried=True)
+
+
+def pause_after(tries: int) -> float:
+    """Seconds until the next try."""
+    longer = 2.0 ** min(max(tries - 1, 0), 20)
+    return min(FIRST_PAUSE * longer, LONGEST_PAUSE)
+
+
+def released(entry: OutboxEntry, seconds: float = 0.0) -> Postponed:
+    """It was not tried, for a reason that it has no part in."""
+    return Postponed(entry, seconds, tried=False)
+
+
+# Only of the reservation that is held: the entry may have come back, and be another process's now.
+_POSTPONE: Final = (
+    update(_ENTRIES)
+    .where(_ENTRIES.c.id == bindparam("entry_id"), _ENTRIES.c.tries == bindparam("held"))
+    .values(available_at=db_now("seconds"), tries=bindparam("counted"))
+)
+
+
+def postpone(session: Session, postponed: Sequence[Postponed]) -> None:
+    """The entries were not published."""
+    session.execute(
+        _POSTPONE,
+        [
+            {
+                "entry_id": each.entry.id,
+                "held": each.entry.tries,
+                "seconds": each.seconds,
+                "counted": each.entry.tries if each.tried else max(0, each.entry.tries - 1),
+            }
+            # In the order in which everybody locks them.
+            for each in sorted(postponed, key=lambda each: each.entry.id)
+        ],
+    )
+
+
+def settle(session: Session, published: list[str], postponed: Sequence[Postponed]) -> None:
+    """What became of entries: `done` and `postpone` in one transaction."""
+    if published:
+        done(session, published)
+    if postponed:
+        postpone(session, postponed)

@@ -44,7 +44,9 @@ def depth(queue: Queue) -> int:
     return int(declared.message_count)
 
 
-def send(channel: Any, name: str, **message: Any) -> None:
+def send(
+    channel: Any, name: str, *, confirm_seconds: float = CONFIRM_SECONDS, **message: Any
+) -> None:
     """Publish to the queue `name`, made if it is missing. The message is there when this returns.
 
     :param channel: of a connection with the transport option ``confirm_publish``.
@@ -72,7 +74,7 @@ def send(channel: Any, name: str, **message: Any) -> None:
                 exchange="",
                 routing_key=name,
                 mandatory=True,
-                confirm_timeout=CONFIRM_SECONDS,
+                confirm_timeout=confirm_seconds,
             )
             if not returned:
                 return

@@ -96,7 +96,13 @@ class Worker(World):
 def worker(postgres_url: str, proxy: Proxy, redis_url: str, tmp_path: Path) -> Iterator[Worker]:
     upgrade(postgres_url)
     url = url_through(postgres_url, proxy.port)
-    settings = Settings(data=tmp_path, database_url=url, broker_url=redis_url, redis_url=redis_url)
+    settings = Settings(
+        data=tmp_path,
+        database_url=url,
+        broker_url=redis_url,
+        redis_url=redis_url,
+        heartbeat_seconds=0.001,  # nothing is rescued for two of them after an outage
+    )
     database, seen = Database(url), Database(postgres_url)
     courier = Courier(settings, database)
     maintenance = Maintenance(settings, database, courier)

@@ -184,10 +184,10 @@ def test_a_delivery_that_breaks_leaves_the_others_theirs(
     ended = at_once(committer, *(finishing(committer, work) for work in [bad, *good]))
     publish = courier.broker.publish_result
 
-    def broken(event: dict[str, Any]) -> None:
+    def broken(event: dict[str, Any], **options: Any) -> None:
         if event["subject"] == bad.claim.job_id:
             raise TypeError("a bug")
-        publish(event)
+        publish(event, **options)
 
     monkeypatch.setattr(courier.broker, "publish_result", broken)
     stream = streams.begin(bad.claim)

@@ -22,6 +22,26 @@ from visq.types import Lane
 from worker.queue.app import RUN_TASK, make_app, queue_name, transport_options
 
 
+class Refused(Unavailable):
+    """A place does not take a result event, or does not confirm it; other places may."""
+
+    place: str = ""
+
+    @classmethod
+    def by(cls, place: str, error: BaseException) -> Refused:
+        refusal = cls(f"{place} does not take a result ({type(error).__name__})")
+        refusal.place = place
+        return refusal
+
+
+def places(event: dict[str, Any]) -> tuple[str | None, str]:
+    """Who takes a result event: the queue that its job names, and the queues that the tenant has
+    bound to the exchange (one that is full refuses for all of them)."""
+    tenant, queue = event["visqtenant"], event["data"]["result_queue"]
+    own = None if queue is None else result_queue_name(tenant, queue)
+    return own, f"{RESULTS_EXCHANGE} for {tenant}"
+
+
 class Broker:
     """Blocking and thread-safe. Every method raises `Unavailable` if the broker does not answer."""
 
@@ -35,8 +55,14 @@ class Broker:
             *self._results.connection_errors,
             *self._results.channel_errors,
             KombuError,
-            MessageNacked,  # a queue with a limit that rejects, or without a leader
             OSError,
+            MessageNacked,
+        )
+        self._refusals: tuple[type[BaseException], ...] = (
+            MessageNacked,  # a queue with a limit that rejects, or without a leader
+            TimeoutError,  # of a confirmation
+            *self._results.channel_errors,
+            KombuError,
         )
         self._exchange = Exchange(RESULTS_EXCHANGE, type="topic", durable=True)
 
@@ -53,9 +79,18 @@ class Broker:
                     confirm_timeout=CONFIRM_SECONDS,
                 )
 
-    def publish_result(self, event: dict[str, Any]) -> None:
-        """Publish a result event to the exchange, and to the queue that its job names."""
-        queue = event["data"]["result_queue"]
+    def publish_result(
+        self, event: dict[str, Any], *, confirm_seconds: float | None = None
+    ) -> None:
+        """Publish a result event to the queue that its job names, and then to the exchange: what
+        the one refuses is tried again, and the many need not hear of that.
+
+        :param confirm_seconds: how long to wait for each confirmation, `CONFIRM_SECONDS` if None.
+        :raises Refused: by one of its `places`; others may take theirs.
+        """
+        queue, topic = places(event)
+        if confirm_seconds is None:
+            confirm_seconds = CONFIRM_SECONDS
         message = {
             "body": json.dumps(event),
             "content_type": CONTENT_TYPE,
@@ -66,16 +101,19 @@ class Broker:
         }
         acquire = self._producers.acquire
         with self._outage_typed(), acquire(block=True, timeout=5) as p, _confirming(p) as producer:
-            publish: Callable[..., Any] = producer.publish
-            publish(
-                **message,
-                exchange=self._exchange,
-                routing_key=routing_key(event),
-                declare=[self._exchange],
-                confirm_timeout=CONFIRM_SECONDS,
-            )
+            channel = producer.channel  # connects: a server that is away is no refusal
             if queue is not None:
-                send(producer.channel, result_queue_name(event["visqtenant"], queue), **message)
+                with self._refusal_typed(queue):
+                    send(channel, queue, confirm_seconds=confirm_seconds, **message)
+            publish: Callable[..., Any] = producer.publish
+            with self._refusal_typed(topic):
+                publish(
+                    **message,
+                    exchange=self._exchange,
+                    routing_key=routing_key(event),
+                    declare=[self._exchange],
+                    confirm_timeout=confirm_seconds,
+                )
 
     def depth(self, lane: Lane) -> int:
         """Messages that wait in the lane's queue, not counting those that workers hold."""
@@ -98,6 +136,13 @@ class Broker:
             yield
         except self._errors as error:
             raise Unavailable(f"the broker does not answer ({type(error).__name__})") from error
+
+    @contextmanager
+    def _refusal_typed(self, place: str) -> Iterator[None]:
+        try:
+            yield
+        except self._refusals as error:
+            raise Refused.by(place, error) from error
 
 
 @contextmanager

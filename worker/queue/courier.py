@@ -6,7 +6,10 @@ ignored: the job row and the outbox still say what must be published.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 import redis
 import structlog
@@ -14,18 +17,28 @@ from celery import Celery
 
 from models import dispatch, outbox
 from models.database import Database
-from models.outbox import OutboxEntry
+from models.outbox import OutboxEntry, Postponed, refused, released
 from models.outcomes import QueuedJob, Transition
 from visq import points
+from visq.consumer_queues import CONFIRM_SECONDS
 from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.streams import CANCEL_CHANNEL, EventWriter
-from worker.queue.broker import Broker
+from worker.queue.broker import Broker, Refused, places
+from worker.queue.resting import Resting
 
 log = structlog.get_logger(__name__)
 
-GIVE_UP_AFTER = 2
-"""Events refused one after the other: then it is not the event but the server."""
+GIVE_UP_AFTER: Final = 2
+"""Events that met no server, one after the other: then there is none. One alone may have met a
+connection that had died long before."""
+
+AT_ONCE_SECONDS: Final = 2.0
+"""Of a call that publishes events beside its work: after it, the rest is left to the maintenance
+loop. Less than `models.outbox.GRACE_SECONDS`, in which that leaves them alone."""
+
+OUTAGE_PAUSE: Final = 1.0
+"""Seconds before an event that met no server is tried again."""
 
 
 def connect_redis(settings: Settings) -> redis.Redis:
@@ -44,6 +57,7 @@ class Courier:
         self.redis = connect_redis(settings)
         self.events = EventWriter(self.redis, ttl_seconds=settings.result_ttl_seconds)
         self.broker = Broker(settings, app)
+        self._resting = Resting()
 
     def deliver(self, queued: Sequence[QueuedJob] = (), events: Sequence[OutboxEntry] = ()) -> None:
         """Publish queued jobs and result events, and note that it was done."""
@@ -68,37 +82,68 @@ class Courier:
             [event for transition in transitions for event in transition.events],
         )
 
-    def publish_events(self, entries: Sequence[OutboxEntry]) -> None:
+    def publish_events(
+        self, entries: Sequence[OutboxEntry], *, seconds: float = AT_ONCE_SECONDS
+    ) -> None:
         """Publish outbox entries to Redis and to the broker, and delete them. One that is refused
-        stays, and does not hold up the others.
+        stays for later, and those for the same place with it; the others are not held up.
 
+        :param seconds: no event is begun after so long, and none waited for longer; those that were
+            not tried are due again at once.
         :raises Unavailable: a server does not answer; what was not confirmed stays.
         """
         if not entries:
             return
-        published: list[str] = []
-        refusal: Unavailable | None = None
-        refused_in_a_row = 0
         refusals = self._write_ends(entries)
         points.reached("events.in_redis")
-        for entry, refused in zip(entries, refusals, strict=True):
+        kept = [refusal for refusal in refusals if refusal is not None]
+        taken = [entry for entry, no in zip(entries, refusals, strict=True) if no is None]
+        published, postponed, outage = self._tell_broker(taken, seconds)
+        points.reached("events.published")
+        if published or postponed:
+            self._database.run(outbox.settle, published, postponed)
+        if outage is not None:
+            raise outage
+        if kept:
+            raise Unavailable(f"Redis refuses results ({kept[0]})") from kept[0]
+
+    def _tell_broker(
+        self, entries: Sequence[OutboxEntry], seconds: float
+    ) -> tuple[list[str], list[Postponed], Unavailable | None]:
+        """Ids of the entries that were published, the other entries, and why the call ended early,
+        if it was for want of a server."""
+        deadline = time.monotonic() + seconds
+        published: list[str] = []
+        postponed: list[Postponed] = []
+        outages: list[Unavailable] = []
+        # Those for which it may wait in vain come last.
+        left = deque(sorted(entries, key=lambda each: self._resting.suspects(places(each.payload))))
+        while left and time.monotonic() < deadline:
+            entry = left.popleft()
+            where = places(entry.payload)
+            rest = self._resting.seconds_left(where)
+            if rest > 0:
+                postponed.append(released(entry, rest))
+                continue
             try:
-                if refused is not None:
-                    raise Unavailable(f"Redis refuses a result ({refused})") from refused
-                self.broker.publish_result(entry.payload)
-            except Unavailable as error:
-                refusal = error
-                refused_in_a_row += 1
-                if refused_in_a_row == GIVE_UP_AFTER:
+                self.broker.publish_result(
+                    entry.payload, confirm_seconds=min(seconds, CONFIRM_SECONDS)
+                )
+            except Refused as refusal:
+                log.warning("a result is refused", place=refusal.place, error=str(refusal))
+                self._resting.refused(refusal.place)
+                postponed.append(refused(entry))
+            except Unavailable as outage:
+                postponed.append(released(entry, OUTAGE_PAUSE))
+                outages.append(outage)
+                if len(outages) == GIVE_UP_AFTER:
                     break
             else:
-                refused_in_a_row = 0
+                outages.clear()
+                self._resting.accepted(where)
                 published.append(entry.id)
-        points.reached("events.published")
-        if published:
-            self._database.run(outbox.done, published)
-        if refusal is not None:
-            raise refusal
+        postponed += map(released, left)
+        return published, postponed, outages[-1] if outages else None
 
     def _write_ends(self, entries: Sequence[OutboxEntry]) -> list[redis.RedisError | None]:
         """Tell Redis, in one round trip; what it refuses does not go to the broker either."""

@@ -8,7 +8,10 @@ from typing import Any, cast
 
 import pytest
 
+from migrations import run as migrations
+from models import reading
 from models.database import Database
+from tests.models.conftest import World
 from tests.waiting import until
 from visq.settings import Settings
 from worker.queue import Courier, Maintenance
@@ -19,7 +22,6 @@ STEPS = (
     "cancel_batch_items",
     "fill_windows",
     "publish_jobs",
-    "publish_events",
 )
 
 
@@ -30,9 +32,17 @@ class Watched(Maintenance):
         settings = Settings(data=folder, maintenance_seconds=maintenance_seconds)
         super().__init__(settings, cast("Database", None), cast("Courier", None))
         self.steps: list[str] = []
+        """All but those of the events."""
+        self.events = 0
+        self.events_may_end = threading.Event()
+        self.events_may_end.set()
         self.lock = threading.Lock()
         for name in STEPS:
             setattr(self, name, self._noting(name))
+
+    def publish_events(self) -> None:
+        self.events += 1
+        assert self.events_may_end.wait(30)
 
     def _noting(self, name: str) -> Any:
         def step() -> None:
@@ -75,3 +85,35 @@ def test_whole_rounds_come_in_time_however_often_windows_have_room(
 
     until(woken_again, 20, "whole rounds", every=0.001)
     maintenance.stop()
+
+
+def test_events_that_take_their_time_hold_up_no_other_step(tmp_path: Path) -> None:
+    maintenance = Watched(0.05, tmp_path)
+    maintenance.events_may_end.clear()
+    maintenance.start()
+    until(lambda: maintenance.steps.count("rescue_jobs") > 3, 20, "rounds beside the events")
+    assert maintenance.events == 1
+    maintenance.events_may_end.set()
+    until(lambda: maintenance.events > 2, 20, "more events")
+    maintenance.stop()
+
+
+def test_a_round_that_was_full_of_jobs_to_publish_is_followed_by_another_at_once(
+    sqlite_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.queue.maintenance.CHUNK", 4)
+    monkeypatch.setattr("models.submit.PUBLISH_GRACE_SECONDS", 0.0)
+    migrations.upgrade(sqlite_url)
+    database = Database(sqlite_url)
+    world = World(database, database.run(reading.ensure_tenants, ["acme"])["acme"])
+    submitted = [world.submit() for _ in range(6)]
+    settings = Settings(
+        data=tmp_path, broker_url=redis_url, redis_url=redis_url, maintenance_seconds=3600
+    )
+    courier = Courier(settings, database)
+    maintenance = Maintenance(settings, database, courier)
+    maintenance.start()
+    until(lambda: courier.broker.depth(submitted[0].lane) == 6, 10, "all messages")
+    maintenance.stop()
+    courier.close()
+    database.close()
