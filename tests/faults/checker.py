@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, Final
 
-from sqlalchemy import Connection, create_engine, func, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.orm import Session
 
 from models.tables import Batch, ChatSession, Job, JobEvent, Message, Outbox
@@ -21,6 +21,7 @@ from models.views import job_view
 from tests.faults.load import Asked, Ledger
 from tests.faults.played_engine import answer_to
 from visq import types
+from visq.errors import ImageChanged, ImageNotFound
 from visq.types import BatchStatus, Prompt
 from visq.types import JobStatus as S
 
@@ -37,6 +38,8 @@ LEGAL: Final = {
     (S.RUNNING, S.CANCELLED),
 }
 """Of jobs without a deadline that nobody retries by a call."""
+EXPIRY: Final = {(status, S.EXPIRED) for status in (S.WAITING, S.QUEUED, S.RUNNING)}
+RETRY: Final = (S.FAILED, S.QUEUED)
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,9 @@ class Evidence:
     """What is in the object store, by name."""
     lost_before: datetime | None = None
     """Redis has lost what it held at this time (the database's clock): of jobs that ended before
-    it, neither event nor value need be there."""
-
-
-def read(database_url: str, after: str) -> Rows:
-    """All rows of jobs, and what belongs to them, with ids greater than `after`."""
-    engine = create_engine(database_url)
-    try:
-        with engine.connect() as connection:
-            return Rows.read(connection, after)
-    finally:
-        engine.dispose()
+    it, no value need be there,"""
+    events_in_redis: bool = True
+    """and no event either, if Redis is also the broker."""
 
 
 @dataclass
@@ -156,9 +151,11 @@ class _Check:
             yield from self._job(self._rows.jobs[job_id], each)
         for session_id, turns in self._ledger.turns.items():
             yield from self._session(session_id, turns)
-        left = set(self._evidence.objects) - self._ledger.pictures.keys()
-        for name in left:
+        there, needed = set(self._evidence.objects), self._ledger.pictures.versions.keys()
+        for name in there - needed:
             yield Violation("left behind", name, "nobody needs it any more")
+        for name in needed - there:
+            yield Violation("lost", name, "was put into the store, and is not there")
         if self._rows.outbox:
             yield Violation("left behind", "outbox", f"{self._rows.outbox} entries")
         if self._rows.running_elsewhere:
@@ -172,26 +169,52 @@ class _Check:
         if not job.status.is_terminal:
             yield Violation("lost", job.id, f"is still {job.status}")
             return
-        expected = {S.SUCCEEDED}
-        if asked.poison:
-            expected = {S.FAILED}
-        elif asked.may_be_cancelled:
-            expected = {S.SUCCEEDED, S.CANCELLED}
-        if job.status not in expected:
+        if job.status not in self._ends(job, asked):
             why = f"{job.error_code}: {job.error_message}"
             yield Violation("wrong end", job.id, f"{job.status} after {job.attempt} ({why})")
         if job.lease_expires_at is not None or job.publish_at is not None:
             yield Violation("left behind", job.id, "an ended job has a lease or is to be published")
-        if asked.poison and job.dead_at is None:
-            yield Violation("wrong end", job.id, "a poison job is no dead letter")
-        if not asked.poison and job.failures:
+        if asked.poison != (job.dead_at is not None):
+            yield Violation("wrong end", job.id, "the poison jobs, and only they, are dead letters")
+        own_failures = 1 if job.status is S.FAILED else 0
+        if not asked.poison and job.failures != own_failures:
             yield Violation("blamed", job.id, f"{job.failures} failures that were not its own")
-        yield from self._history(job)
+        if job.status is S.EXPIRED and not _is_late(job):
+            yield Violation("wrong end", job.id, "expired before its deadline")
+        yield from self._history(job, asked)
         if job.status is S.SUCCEEDED:
             yield from self._answer(job, asked)
         yield from self._told(job)
 
-    def _history(self, job: Job) -> Iterator[Violation]:
+    def _ends(self, job: Job, asked: Asked) -> set[S]:
+        """How it may end."""
+        if asked.poison:
+            return {S.FAILED}
+        if asked.missing:
+            return {S.FAILED} if job.error_code == ImageNotFound.code else set()
+        ends = {S.SUCCEEDED}
+        if asked.may_be_cancelled:
+            ends.add(S.CANCELLED)
+        if asked.may_expire:
+            ends.add(S.EXPIRED)
+        if job.error_code in self._faults_of_pictures(job, asked):
+            ends.add(S.FAILED)
+        return ends
+
+    def _faults_of_pictures(self, job: Job, asked: Asked) -> set[str]:
+        """With which codes it may fail, since somebody has replaced or deleted its pictures."""
+        turns = self._ledger.turns.get(job.session_id or "", [])
+        earlier = turns[: turns.index(job.id)] if job.id in turns else []
+        shown = [*asked.pictures, *(n for id_ in earlier for n in self._ledger.jobs[id_].pictures)]
+        pictures = self._ledger.pictures
+        codes = set()
+        if pictures.gone.intersection(shown):
+            codes.add(ImageNotFound.code)
+        if earlier and pictures.changed(shown):
+            codes.add(ImageChanged.code)
+        return codes
+
+    def _history(self, job: Job, asked: Asked) -> Iterator[Violation]:
         events = self._rows.events.get(job.id, [])
         steps = [(event.from_status, event.to_status) for event in events]
         if not steps or steps[0][0] is not None:
@@ -200,12 +223,16 @@ class _Check:
         for before, after in pairwise(steps):
             if before[1] is not after[0]:
                 yield Violation("history", job.id, f"{before[1]} is followed by {after}")
+        legal = LEGAL | (EXPIRY if asked.may_expire else set())
+        retries = self._ledger.retries[job.id]
         for step in steps:
-            if step not in LEGAL:
+            if step not in legal and not (retries and step == RETRY):
                 yield Violation("history", job.id, f"{step} is no legal step")
         ends = [to for _, to in steps if to.is_terminal]
-        if ends != [job.status]:
+        if ends[-1:] != [job.status] or set(ends[:-1]) - {S.FAILED}:
             yield Violation("history", job.id, f"ends {ends}, and the job is {job.status}")
+        if not min(retries, 1) < len(ends) <= 1 + retries:
+            yield Violation("history", job.id, f"{len(ends)} ends after {retries} calls to retry")
         claims = [event.attempt for event in events if event.to_status is S.RUNNING]
         if claims != list(range(1, job.attempt + 1)):
             yield Violation("history", job.id, f"claims {claims} for attempt {job.attempt}")
@@ -215,12 +242,19 @@ class _Check:
             yield Violation("wrong answer", job.id, "the request is not what was asked")
         text = (job.result or {}).get("text")
         author = int((job.worker or "::0").split(":")[1] or 0)
-        expected = answer_to(*self._shown(job), author)
-        if text != expected:
+        if job.session_id in self._ledger.deleted:
+            # What the engine was shown is deleted.
+            if not str(text).endswith(f" by {author}"):
+                yield Violation("wrong answer", job.id, f"{text!r} is not by {author}")
+            return
+        messages, pictures = self._shown(job)
+        expected = [answer_to(messages, each, author) for each in product(*pictures)]
+        if text not in expected:
             yield Violation("wrong answer", job.id, f"{text!r} in place of {expected!r}")
 
-    def _shown(self, job: Job) -> tuple[list[types.Message], list[str]]:
-        """What the engine must have been shown: the turns before, and this one."""
+    def _shown(self, job: Job) -> tuple[list[types.Message], list[Sequence[str]]]:
+        """What the engine must have been shown: the turns before, and this one; and of each picture
+        the files that it may have been."""
         earlier = [
             types.Message.model_validate({"role": row.role, "content": row.content})
             for row in self._rows.messages.get(job.session_id or "", [])
@@ -228,8 +262,10 @@ class _Check:
         ]
         request = {k: v for k, v in job.request.items() if k != "on_image_change"}
         messages = [*earlier, *Prompt.model_validate(request).as_messages()]
+        versions = self._ledger.pictures.versions
         pictures = [
-            self._ledger.pictures[part.image_url.url]
+            # What was shown once may not be shown as anything else later.
+            [each for each in versions[part.image_url.url] if part.sha256 in (None, each)]
             for message in messages
             for part in message.parts()
             if isinstance(part, types.ImagePart)
@@ -238,19 +274,26 @@ class _Check:
 
     def _told(self, job: Job) -> Iterator[Violation]:
         view = job_view(job).model_dump(mode="json")
-        events = self._evidence.events.get(job.id, [])
         lost = self._evidence.lost_before
-        may_miss = lost is not None and job.finished_at is not None and job.finished_at <= lost
-        if not events and not may_miss:
-            yield Violation("untold", job.id, "no result event came")
-        if len({event["id"] for event in events}) > 1:
+        ends = [each for each in self._rows.events.get(job.id, []) if each.to_status.is_terminal]
+        kept = [end for end in ends if lost is None or end.at > lost]
+        events = self._evidence.events.get(job.id, [])
+        told = {event["id"]: event["data"] for event in events}
+        if len(told) < len(kept if self._evidence.events_in_redis else ends):
+            yield Violation("untold", job.id, f"{len(told)} result events for {len(ends)} ends")
+        if len(told) > len(ends):
             yield Violation("told twice", job.id, "its events have different ids")
-        for event in events:
-            if event["data"] != view:
+        if any(event["data"] != told[event["id"]] for event in events):
+            yield Violation("told wrongly", job.id, "a repeat says something else")
+        for data in told.values():
+            earlier = data["attempt"] < job.attempt and data["status"] == S.FAILED
+            if data != view and not (len(ends) > 1 and earlier):
                 yield Violation("told wrongly", job.id, "an event is not what the row says")
                 break
+        if len(told) == len(ends) and view not in told.values():
+            yield Violation("told wrongly", job.id, "no event is what the row says")
         value = self._evidence.values.get(job.id)
-        if value is None and not may_miss:
+        if value is None and kept[-1:] == ends[-1:]:
             yield Violation("untold", job.id, "Redis has no result")
         if value is not None and value != view:
             yield Violation("told wrongly", job.id, "Redis says something else than the row")
@@ -265,9 +308,18 @@ class _Check:
         row = self._rows.sessions.get(session_id)
         if row is not None and row.turns != len(accepted):
             yield Violation("out of order", session_id, f"counts {row.turns} turns")
-        for before, after in pairwise(jobs):
+        deleted = session_id in self._ledger.deleted
+        if row is not None and deleted != (row.deleted_at is not None):
+            what = "is not deleted" if deleted else "is deleted, and nobody asked for it"
+            yield Violation("left behind", session_id, what)
+        # A turn that was never begun may have been cancelled before those that came before it.
+        for before, after in pairwise([job for job in jobs if job.started_at is not None]):
             if before.finished_at and after.started_at and before.finished_at > after.started_at:
                 yield Violation("out of order", session_id, f"turn {after.turn} ran too early")
+        if deleted:
+            if self._messages(session_id):
+                yield Violation("left behind", session_id, "a deleted session has messages")
+            return
         kept = [
             (row.turn, row.position, row.role, row.job_id) for row in self._messages(session_id)
         ]
@@ -309,5 +361,16 @@ class _Check:
         }
         if batch.total != len(items) or any(counted[s] != n for s, n in counters.items()):
             yield Violation("counters", batch_id, f"says {counters}, the rows say {counted}")
-        if batch.status is not BatchStatus.COMPLETED or batch.finished_at is None:
+        ends = {BatchStatus.COMPLETED}
+        if batch_id in self._ledger.cancelled:
+            ends.add(BatchStatus.CANCELLED)
+        if batch.status not in ends or batch.finished_at is None:
             yield Violation("counters", batch_id, f"is {batch.status} at the end")
+
+
+def _is_late(job: Job) -> bool:
+    return (
+        job.expires_at is not None
+        and job.finished_at is not None
+        and job.expires_at <= job.finished_at
+    )

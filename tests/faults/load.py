@@ -7,27 +7,23 @@ it is accepted: so all that it asked for is in the ledger, once.
 from __future__ import annotations
 
 import hashlib
-import io
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
-from PIL import Image
-
 from tests.deployment import API_KEY
-from tests.faults.played_engine import KILLS_ENGINE, KILLS_WORKER
-from tests.faults.system import BUCKET, System
+from tests.faults.pictures import MISSING, Pictures, picture
 from visq import Client
-from visq.errors import Unavailable
+from visq.errors import NotFound, NotRetriable, Unavailable
 
 QUEUE: Final = "all"
 """The result queue of all jobs."""
-PICTURES: Final = 12
 PATIENCE_SECONDS: Final = 120.0
 
 T = TypeVar("T")
@@ -37,23 +33,38 @@ T = TypeVar("T")
 class Amounts:
     """How much of each kind one round submits."""
 
-    jobs: int = 100
+    jobs: int = 110
     sessions: int = 8
     turns: int = 5
+    deleted: int = 2
+    """More sessions, which are deleted while their turns run."""
     batches: int = 3
-    items: int = 120
+    items: int = 125
+    doomed: int = 20
+    """Items of one more batch, which is cancelled."""
     cancels: int = 6
-    """Of `jobs`: how many are cancelled a moment later."""
+    """Of `jobs`: how many are cancelled a moment later,"""
+    expiring: int = 6
+    """how many may expire,"""
+    missing: int = 2
+    """how many have a picture that does not exist, and are retried by a call,"""
+    uploads: int = 4
+    """and how many have a picture that is uploaded before."""
+    trickle: float = 12.0
+    """Jobs in a second on top of all that, from the beginning until the fault is over: it must
+    find a load, however late it strikes."""
     steps: int = 4
     """Of the engine for a short answer."""
     long: int = 20
     """How much longer every fifth answer takes: it may be met by any fault."""
     seconds: float = 3.0
-    """Over which all that is spread."""
+    """Over which all but the trickle is spread."""
 
     @property
     def total(self) -> int:
-        return self.jobs + self.sessions * self.turns + self.batches * self.items
+        """Without the trickle."""
+        turns = (self.sessions + self.deleted) * self.turns
+        return self.jobs + turns + self.batches * self.items + self.doomed
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,10 @@ class Asked:
     pictures: tuple[str, ...] = ()
     """Their names, ``s3://``."""
     poison: bool = False
+    missing: bool = False
+    """It has a picture that does not exist."""
     may_be_cancelled: bool = False
+    may_expire: bool = False
 
 
 @dataclass
@@ -75,10 +89,15 @@ class Ledger:
     """By job id: single jobs and turns."""
     turns: dict[str, list[str]] = field(default_factory=dict)
     """By session id: the job ids of its turns, in the order in which they were accepted."""
+    deleted: set[str] = field(default_factory=set)
+    """Of the sessions."""
     batches: dict[str, dict[str, Asked]] = field(default_factory=dict)
     """By batch id: its items by ``custom_id``."""
-    pictures: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the file of each picture, by its name."""
+    cancelled: set[str] = field(default_factory=set)
+    """Of the batches."""
+    retries: Counter[str] = field(default_factory=Counter)
+    """By job id: how often it was asked to be retried, answered or not."""
+    pictures: Pictures = field(default_factory=Pictures)
     problems: list[str] = field(default_factory=list)
     """What a client met that it must not meet."""
 
@@ -87,57 +106,49 @@ class Ledger:
         return len(self.jobs) + sum(len(items) for items in self.batches.values())
 
 
-def put_pictures(system: System) -> dict[str, str]:
-    """Small pictures in the bucket: SHA-256 by name."""
-    client = system.s3.client()
-    found = {}
-    for number in range(PICTURES):
-        buffer = io.BytesIO()
-        colour = tuple(random.Random(number).randrange(256) for _ in range(3))
-        Image.new("RGB", (32, 24), colour).save(buffer, "PNG")
-        key = f"{number}.png"
-        client.put_object(Bucket=BUCKET, Key=key, Body=buffer.getvalue())
-        found[f"s3://{BUCKET}/{key}"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    return found
-
-
 class Load:
     """The clients of one round: threads, from `start` until `done`."""
 
     def __init__(
         self,
-        system: System,
+        urls: Sequence[str],
         seed: int,
         amounts: Amounts,
-        pictures: dict[str, str],
+        pictures: Pictures,
         *,
         poison: Sequence[str] = (),
     ) -> None:
-        """:param poison: prompts (`KILLS_ENGINE`, `KILLS_WORKER`) of jobs among the others."""
+        """:param poison: prompts of `played_engine` that kill: each is a job and a batch's item."""
         self.ledger = Ledger(pictures=pictures)
-        self._urls = system.urls
+        self._urls = urls
         self._amounts = amounts
         self._seed = seed
-        self._poison = list(poison)
-        self._spread = amounts.seconds
-        self._names = list(pictures)
+        self._poison = poison
+        self._names = list(pictures.names)
+        self._over = threading.Event()
+        works = [
+            *(lambda chance, part=part: self._some_jobs(chance, part) for part in range(2)),
+            *(lambda chance, part=part: self._some_sessions(chance, part) for part in range(2)),
+            self._some_batches,
+            self._some_that_end_badly,
+            self._trickle,
+        ]
         self._threads = [
             threading.Thread(target=self._guarded, args=(number, work), daemon=True)
-            for number, work in enumerate(self._works())
+            for number, work in enumerate(works)
         ]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
+    def finish(self) -> None:
+        """End the trickle."""
+        self._over.set()
+
     @property
     def done(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
-
-    def _works(self) -> list[Callable[[random.Random], None]]:
-        jobs = [self._some_jobs] * 2
-        sessions = [self._some_sessions] * 2
-        return [*jobs, *sessions, self._some_batches]
 
     def _guarded(self, number: int, work: Callable[[random.Random], None]) -> None:
         try:
@@ -145,66 +156,151 @@ class Load:
         except Exception as error:  # noqa: BLE001 (whatever it is, the round has failed)
             self.ledger.problems.append(f"a client failed: {type(error).__name__}: {error}")
 
-    def _some_jobs(self, chance: random.Random) -> None:
-        count = self._amounts.jobs // 2
+    def _some_jobs(self, chance: random.Random, part: int) -> None:
+        amounts = self._amounts
+        numbers = range(part, amounts.jobs - amounts.missing, 2)
+        poison = list(self._poison)[part::2]
         with _Clients(self._urls, chance) as clients:
-            for number in range(count):
-                self._pause(chance, count)
-                asked = self._asked(chance, number, "job")
-                cancels = number < self._amounts.cancels // 2
-                asked = replace(asked, may_be_cancelled=cancels)
-                if not cancels:
-                    with suppress(IndexError):
-                        asked = Asked(f"{asked.prompt}, {self._poison.pop()}", poison=True)
-                lane = chance.choice(["interactive", "standard"])
-                options = self._options(chance, asked) | {"lane": lane, "result_queue": QUEUE}
-                job = clients.patiently(
-                    lambda client, key, o=options: client.jobs.submit(**o, idempotency_key=key)
-                )
-                self.ledger.jobs[job.id] = asked
+            for number in numbers:
+                self._pause(chance, len(numbers))
+                asked = self._asked(chance, f"job {number}")
+                more: dict[str, Any] = {"lane": chance.choice(["interactive", "standard"])}
+                cancels = number < amounts.cancels
                 if cancels:
-                    clients.patiently(lambda client, _, job=job: client.jobs.cancel(job.id))
+                    asked = replace(asked, may_be_cancelled=True)
+                elif number < amounts.cancels + amounts.expiring:
+                    asked = replace(asked, may_expire=True)
+                    more["expires_in"] = chance.choice([0.05, 0.3, 1.0])
+                elif number < amounts.cancels + amounts.expiring + amounts.uploads:
+                    asked = replace(asked, pictures=(self._upload(clients, number),))
+                elif poison:
+                    asked = Asked(f"{asked.prompt}, {poison.pop()}", poison=True)
+                job_id = self._submit(clients, chance, asked, **more)
+                if cancels:
+                    clients.patiently(lambda client, _, id_=job_id: client.jobs.cancel(id_))
 
-    def _some_sessions(self, chance: random.Random) -> None:
-        count = self._amounts.sessions // 2
+    def _some_sessions(self, chance: random.Random, part: int) -> None:
+        count = len(range(part, self._amounts.sessions, 2))
+        doomed = len(range(part, self._amounts.deleted, 2))
         with _Clients(self._urls, chance) as clients:
             for number in range(count):
-                session = clients.patiently(lambda client, _: client.sessions.create())
-                turns = self.ledger.turns.setdefault(session.id, [])
-                for turn in range(self._amounts.turns):
-                    self._pause(chance, count * self._amounts.turns)
-                    asked = self._asked(chance, turn, f"session {number} turn")
-                    more = {"session_id": session.id, "result_queue": QUEUE}
-                    options = self._options(chance, asked) | more
-                    job = clients.patiently(
-                        lambda client, key, o=options: client.jobs.submit(**o, idempotency_key=key)
-                    )
-                    self.ledger.jobs[job.id] = asked
-                    turns.append(job.id)
+                self._session(clients, chance, f"session {number}", self._amounts.turns)
+            for number in range(doomed):
+                self._session(clients, chance, f"gone {number}", self._amounts.turns, deleted=True)
+
+    def _session(
+        self,
+        clients: _Clients,
+        chance: random.Random,
+        what: str,
+        count: int,
+        *,
+        deleted: bool = False,
+    ) -> None:
+        session = clients.patiently(lambda client, _: client.sessions.create())
+        turns = self.ledger.turns.setdefault(session.id, [])
+        for turn in range(count):
+            if not deleted:  # else most of its turns wait when it is deleted
+                self._pause(chance, self._amounts.sessions * self._amounts.turns // 2)
+            asked = replace(self._asked(chance, f"{what} turn {turn}"), may_be_cancelled=deleted)
+            turns.append(self._submit(clients, chance, asked, session_id=session.id))
+        if deleted:
+            self.ledger.deleted.add(session.id)
+            calls = Counter[str]()
+
+            def delete(client: Client, _: str) -> None:
+                calls["delete"] += 1
+                try:
+                    client.sessions.delete(session.id)
+                except NotFound:
+                    if calls["delete"] == 1:
+                        raise  # else the call before got through, and its answer did not
+
+            clients.patiently(delete)
 
     def _some_batches(self, chance: random.Random) -> None:
+        amounts = self._amounts
+        sizes = [amounts.items] * amounts.batches
         with _Clients(self._urls, chance) as clients:
-            for number in range(self._amounts.batches):
-                self._pause(chance, self._amounts.batches)
+            for number, size in enumerate(sizes):
+                self._pause(chance, len(sizes))
                 items = {
-                    f"item-{n}": self._asked(chance, n, f"batch {number} item")
-                    for n in range(self._amounts.items)
+                    f"item-{n}": self._asked(chance, f"{number} item {n}") for n in range(size)
                 }
-                bodies = [
-                    {"custom_id": id_, **self._options(chance, asked)}
-                    for id_, asked in items.items()
-                ]
-                options: dict[str, Any] = {"result_queue": QUEUE}
-                batch = clients.patiently(
-                    lambda client, key, b=bodies, o=options: client.batches.submit(
-                        b, **o, idempotency_key=key
-                    )
-                )
-                self.ledger.batches[batch.id] = items
+                for n, words in enumerate(self._poison if number == 0 else ()):
+                    items[f"item-{n}"] = Asked(f"{uuid4().hex[:12]}, {words}", poison=True)
+                self._batch(clients, chance, items)
+            if amounts.doomed:
+                items = {
+                    f"item-{n}": replace(self._asked(chance, f"gone {n}"), may_be_cancelled=True)
+                    for n in range(amounts.doomed)
+                }
+                batch_id = self._batch(clients, chance, items)
+                self.ledger.cancelled.add(batch_id)
+                clients.patiently(lambda client, _: client.batches.cancel(batch_id))
 
-    def _asked(self, chance: random.Random, number: int, what: str) -> Asked:
-        prompt = f"{what} {number}: {uuid4().hex[:12]}"
-        if chance.random() > 0.1:
+    def _batch(self, clients: _Clients, chance: random.Random, items: dict[str, Asked]) -> str:
+        bodies = [{"custom_id": n, **self._options(chance, each)} for n, each in items.items()]
+        options: dict[str, Any] = {"result_queue": QUEUE}
+        batch = clients.patiently(
+            lambda client, key: client.batches.submit(bodies, **options, idempotency_key=key)
+        )
+        self.ledger.batches[batch.id] = items
+        return batch.id
+
+    def _some_that_end_badly(self, chance: random.Random) -> None:
+        """Jobs that fail, and fail again when they are retried."""
+        with _Clients(self._urls, chance) as clients:
+            for number in range(self._amounts.missing):
+                self._pause(chance, self._amounts.missing)
+                asked = Asked(f"bad {number}: {uuid4().hex[:12]}", (MISSING,), missing=True)
+                job_id = self._submit(clients, chance, asked)
+                deadline = time.monotonic() + PATIENCE_SECONDS
+                while not clients.patiently(
+                    lambda c, _, i=job_id: c.jobs.get(i)
+                ).status.is_terminal:
+                    if time.monotonic() > deadline:
+                        return  # the checker says that it was lost
+                    time.sleep(0.1)
+
+                def retry(client: Client, _: str, job_id: str = job_id) -> None:
+                    self.ledger.retries[job_id] += 1
+                    with suppress(NotRetriable):  # a call got through whose answer did not
+                        client.jobs.retry(job_id)
+
+                clients.patiently(retry)
+
+    def _trickle(self, chance: random.Random) -> None:
+        """Single jobs, many of them with pictures, and sessions that are soon deleted."""
+        number = 0
+        with _Clients(self._urls, chance) as clients:
+            while self._amounts.trickle and not self._over.is_set():
+                self._over.wait(chance.uniform(0, 2 / self._amounts.trickle))
+                number += 1
+                if number % 8 == 0:
+                    self._session(clients, chance, f"trickle {number}", 2, deleted=True)
+                else:
+                    asked = self._asked(chance, f"trickle {number}", share_of_pictures=0.4)
+                    self._submit(clients, chance, asked)
+
+    def _submit(self, clients: _Clients, chance: random.Random, asked: Asked, **more: Any) -> str:
+        options = self._options(chance, asked) | {"result_queue": QUEUE} | more
+        job = clients.patiently(
+            lambda client, key: client.jobs.submit(**options, idempotency_key=key)
+        )
+        self.ledger.jobs[job.id] = asked
+        return job.id
+
+    def _upload(self, clients: _Clients, number: int) -> str:
+        """Upload a picture; its name in the store."""
+        file = picture(f"upload {self._seed}-{number}")
+        view = clients.patiently(lambda client, _: client.images.upload(file))
+        self.ledger.pictures.uploaded(view.uri, hashlib.sha256(file).hexdigest())
+        return view.uri
+
+    def _asked(self, chance: random.Random, what: str, *, share_of_pictures: float = 0.1) -> Asked:
+        prompt = f"{what}: {uuid4().hex[:12]}"
+        if chance.random() > share_of_pictures:
             return Asked(prompt)
         return Asked(prompt, tuple(chance.sample(self._names, chance.randint(1, 2))))
 
@@ -218,7 +314,7 @@ class Load:
         }
 
     def _pause(self, chance: random.Random, of: int) -> None:
-        time.sleep(chance.uniform(0, 2 * self._spread / of))
+        time.sleep(chance.uniform(0, 2 * self._amounts.seconds / max(of, 1)))
 
 
 class _Clients:
@@ -246,6 +342,3 @@ class _Clients:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(self._chance.uniform(0.05, 0.3))
-
-
-__all__ = ["KILLS_ENGINE", "KILLS_WORKER", "Amounts", "Asked", "Ledger", "Load", "put_pictures"]

@@ -6,14 +6,18 @@ Each takes one mechanism out of the real code, in this process only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import Integer, bindparam, delete, select
+from sqlalchemy import Integer, bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
 from models import groups, jobs, moves, outbox
+from models.outcomes import Claim
 from models.tables import Job, Outbox
 from visq.types import JobStatus
+
+R = TypeVar("R")
 
 
 def without_fencing() -> None:
@@ -52,8 +56,34 @@ def without_lease_check() -> None:
         setattr(jobs, name, move)
 
 
+def by_own_clock() -> None:
+    """Leases are stamped by the process's clock."""
+
+    def stamped(write: Callable[..., R]) -> Callable[..., R]:
+        def write_and_stamp(
+            session: Session, which: str | Sequence[Any], *, lease_seconds: float, **more: Any
+        ) -> R:
+            written = write(session, which, lease_seconds=lease_seconds, **more)
+            each = [which] if isinstance(which, str) else which
+            held = [claim.job_id if isinstance(claim, Claim) else claim for claim in each]
+            session.execute(
+                update(Job)
+                .where(Job.id.in_(held), Job.status == JobStatus.RUNNING)
+                .values(lease_expires_at=datetime.now(UTC) + timedelta(seconds=lease_seconds)),
+                execution_options={"synchronize_session": False},
+            )
+            return written
+
+        return write_and_stamp
+
+    jobs.claim = stamped(jobs.claim)
+    jobs.renew = stamped(jobs.renew)
+    groups.claim_all = stamped(groups.claim_all)
+
+
 MUTATIONS: Final[Mapping[str, Callable[[], None]]] = {
     "fencing": without_fencing,
     "outbox": without_outbox,
     "lease": without_lease_check,
+    "clock": by_own_clock,
 }

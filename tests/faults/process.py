@@ -1,11 +1,15 @@
 """A process of visq that a test can break: ``python -m tests.faults.process NAME (api | worker)``.
 
-It is the real one, but for three things: a worker's engine is `PlayedEngine`; it dies or stops at
-a point of `visq.points` when a file tells it to (`arm`); and the environment may ask for a clock
-that is off (``FAULT_CLOCK``, seconds) or for a promise to be broken (``FAULT_MUTATION``).
+It is the real one, but for three things: a worker's engine is `PlayedEngine`; it dies, ends or
+stops at a point of `visq.points` when a file tells it to (`arm`); and the environment may ask for a
+clock that is off (`tests.faults.clock`) or for a promise to be broken (``FAULT_MUTATION``).
 """
 
 from __future__ import annotations
+
+from tests.faults import clock  # noqa: F401 (first of all: the others may import the time)
+
+# isort: split
 
 import os
 import signal
@@ -29,40 +33,45 @@ CONTROL = "FAULT_CONTROL"
 """Names the folder with the files that arm processes, and with the ids of engines' processes."""
 NAME = "FAULT_NAME"
 
-Deed = Literal["kill", "stop"]
-_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+Deed = Literal["kill", "terminate", "stop"]
+_SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
 def arm(folder: Path, name: str, point: Point, passes: int, deed: Deed) -> None:
-    """Let the process `name` be killed, or stopped, when it comes by `point` for that many times
-    from now on."""
+    """Let the process `name` be struck when it comes by `point` for that many times from now on.
+
+    The order is a file of its name: who takes it away calls the deed off, and it goes when the deed
+    is done.
+    """
     written = folder / f"{name}.new"
-    written.write_text(f"{point} {passes} {deed}")
+    written.write_text(f"{point} {passes} {deed} {time.monotonic_ns()}")
     written.replace(folder / name)
 
 
 class _Trap:
-    """Listens at the points, and strikes once it is armed."""
+    """Listens at the points, and strikes where its order says."""
 
     def __init__(self, order: Path) -> None:
         self._order = order
         self._lock = threading.Lock()
-        self._armed: tuple[str, int, str] | None = None
+        self._read = ""
+        self._passes = 0
+        """Of the order that was read last."""
 
     def __call__(self, point: Point) -> None:
         with self._lock:
-            if self._armed is None:
-                if not self._order.exists():
-                    return
-                where, passes, deed = self._order.read_text().split()
-                self._order.unlink()
-                self._armed = (where, int(passes), deed)
-            where, passes, deed = self._armed
+            try:
+                read = self._order.read_text()
+            except FileNotFoundError:
+                return
+            where, passes, deed, _ = read.split()
+            if read != self._read:
+                self._read, self._passes = read, 0
             if where != point:
                 return
-            self._armed = (where, passes - 1, deed)
-            if passes == 1:
-                self._armed = None
+            self._passes += 1
+            if self._passes == int(passes):
+                self._order.unlink(missing_ok=True)
                 os.kill(os.getpid(), _SIGNALS[deed])
 
 
@@ -75,18 +84,9 @@ def play(connection: Connection[Any, Any], config: EngineConfig, owner: int) -> 
     child.main(connection, config, owner)
 
 
-def _set_clock_off(seconds: float) -> None:
-    """This process's clock, as Python's code sees it."""
-    read, read_ns = time.time, time.time_ns
-    time.time = lambda: read() + seconds
-    time.time_ns = lambda: read_ns() + round(seconds * 1e9)
-
-
 def main() -> None:
     name, command = sys.argv[1:]
     os.environ[NAME] = name
-    if "FAULT_CLOCK" in os.environ:
-        _set_clock_off(float(os.environ["FAULT_CLOCK"]))
     if "FAULT_MUTATION" in os.environ:
         mutations.MUTATIONS[os.environ["FAULT_MUTATION"]]()
     points.listen(_Trap(Path(os.environ[CONTROL]) / name))

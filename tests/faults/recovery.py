@@ -40,10 +40,10 @@ def after_a_workers_death(arena: Arena, jobs: int = 12) -> list[float]:
             for n in range(jobs)
         ]
         running = select(func.count()).where(Job.id.in_(ids), Job.status == JobStatus.RUNNING)
-        until(lambda: arena.ask(lambda s: s.scalar(running)) == jobs, 60, "all runs")
+        until(lambda: arena.system.ask(lambda s: s.scalar(running)) == jobs, 60, "all runs")
         victim = arena.system.workers[1]
         mine = select(Job.id).where(Job.id.in_(ids), Job.worker.contains(f":{victim.pid}:"))
-        held = arena.ask(lambda s: s.scalars(mine).all())
+        held = arena.system.ask(lambda s: s.scalars(mine).all())
         killed = time.time()
         victim.kill()
         again = select(JobEvent.at).where(
@@ -52,9 +52,9 @@ def after_a_workers_death(arena: Arena, jobs: int = 12) -> list[float]:
             JobEvent.attempt == 2,
         )
         arena.system.wait_for(
-            lambda: len(arena.ask(lambda s: s.scalars(again).all())) == len(held), 120
+            lambda: len(arena.system.ask(lambda s: s.scalars(again).all())) == len(held), 120
         )
-        times = arena.ask(lambda s: s.scalars(again).all())
+        times = arena.system.ask(lambda s: s.scalars(again).all())
         for job_id in ids:
             client.jobs.cancel(job_id)
         arena.system.wait_for(lambda: arena.unfinished("job_") == 0, 60)
@@ -113,7 +113,7 @@ class _Samples:
         self._arena.system.wait(SAMPLE_SECONDS)
         ended = select(func.count()).where(Job.finished_at.is_not(None))
         with suppress(Unavailable):
-            count = self._arena.database.read(lambda session: session.scalar(ended))
+            count = self._arena.system.reader.read(lambda session: session.scalar(ended))
             self._at.append(time.monotonic())
             self._ended.append(count or 0)
 

@@ -2,8 +2,16 @@
 
 ``python -m tests.faults.rounds --rounds 200 --seed 1``: the scenarios of `tests.faults.scenarios`
 take turns on three systems; a round submits `Amounts`, breaks something, heals it, waits for the
-end of all jobs, and checks. Any round can be repeated: its scenario, system and seed are printed.
-(The faults and their times are seeded; how the threads of many processes interleave is not.)
+end of all jobs, and checks. The faults and their times are seeded; how the threads of many
+processes interleave, and so how many jobs the trickle has, is not. ``--only NAME --round-seed N``
+repeats a round.
+
+A round in which the fault has met nothing is told as "not struck": it proves nothing.
+
+How rounds are shared out (`plan`): where there are enough of them, each system gets as many as it
+has scenarios, so that each scenario that can happen on a system does; what is left goes to the
+systems by `SHARES`. Fewer rounds are shared out in the same proportions, and which scenarios they
+have depends on the seed.
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,16 +36,15 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 from sqlalchemy import func, select
 
-from models.database import Database, db_now
-from models.tables import Job, Outbox
+from models.tables import Job, JobEvent, Outbox
 from tests.faults.checker import Evidence, Rows, Violation, check
-from tests.faults.load import QUEUE, Amounts, Load, put_pictures
-from tests.faults.scenarios import SCENARIOS, Scenario
+from tests.faults.load import QUEUE, Amounts, Load
+from tests.faults.scenarios import Scenario, fitting_scenarios
 from tests.faults.system import BrokerKind, DatabaseKind, System
+from tests.faults.table import as_table
 from visq import consume
 from visq.cloudevents import result_queue_name
 from visq.consumer import Event
-from visq.errors import Unavailable
 from visq.streams import job_key
 from visq.types import JobStatus
 
@@ -60,6 +67,8 @@ class Round:
     seed: int
     jobs: int
     did: str
+    struck: int
+    """How often the fault met something to break; 0: the round proves nothing."""
     seconds: float
     """From the first submission until all had ended and all was told."""
     attempts: dict[str, int]
@@ -104,21 +113,21 @@ class Arena:
 
     def __enter__(self) -> Arena:
         self.system.__enter__()
-        self.database = Database(self.system.database_url)
         self.redis = redis.Redis.from_url(
             self.system.redis_url, retry=Retry(ConstantBackoff(0.2), 50)
         )
         self.collector = Collector(self.system.broker_url)
-        self.pictures = put_pictures(self.system)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.collector.close()
-        self.database.close()
         self.redis.close()
         self.system.__exit__(*error)
-        left = self.system.left_behind()
-        assert not left, f"processes that outlived their system: {left}"
+        # The resource tracker of a killed worker frees its shared memory a moment later.
+        deadline = time.monotonic() + 5
+        while (left := self.system.left_behind()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, f"left behind by their system: {left}"
 
     def round(
         self,
@@ -131,20 +140,22 @@ class Arena:
     ) -> Round:
         chance = random.Random(seed)
         system = self.system
-        after = self._newest()
-        lost, redis_lost = None, system.redis_lost
+        after = system.newest_job()
+        system.redis_lost_at = None
+        system.gallery.begin_round()
+        pictures = system.gallery.pictures
         begun = time.monotonic()
-        load = Load(system, seed, amounts, self.pictures, poison=scenario.poison)
+        load = Load(system.urls, seed, amounts, pictures, poison=scenario.poison)
         load.start()
         self._let_it_run(after, round(amounts.total * chance.uniform(0.02, 0.5)))
-        did = scenario.run(system, chance)
+        struck, did = scenario.run(system, chance)
         system.heal()
-        if system.redis_lost > redis_lost:
-            lost = self.ask(lambda session: session.scalar(select(db_now())))
+        load.finish()
+        lost = system.redis_lost_at
         ended = system.wait_for(lambda: load.done and self.unfinished(after) == 0, end_seconds)
         system.wait_for(lambda: self._told(after, lost), told_seconds)
         seconds = time.monotonic() - begun
-        rows = self.ask(lambda session: Rows.read(session.connection(), after))
+        rows = system.ask(lambda session: Rows.read(session.connection(), after))
         keys = list(rows.jobs)
         values = self.redis.mget([job_key(id_) for id_ in keys]) if keys else []
         evidence = Evidence(
@@ -152,6 +163,7 @@ class Arena:
             {k: json.loads(v) for k, v in zip(keys, values, strict=True) if v is not None},
             objects=self.system.objects(),
             lost_before=lost,
+            events_in_redis=system.broker == "redis",
         )
         violations = check(load.ledger, rows, evidence)
         if not ended:
@@ -163,6 +175,7 @@ class Arena:
             seed,
             load.ledger.total,
             did,
+            struck,
             round(seconds, 1),
             dict(sorted(attempts.items())),
             [str(each) for each in violations],
@@ -174,56 +187,73 @@ class Arena:
         running = select(func.count()).where(Job.id > after, Job.status == JobStatus.RUNNING)
 
         def under_way() -> bool:
-            counts = self.ask(lambda s: (s.scalar(ended) or 0, s.scalar(running) or 0))
+            counts = self.system.ask(lambda s: (s.scalar(ended) or 0, s.scalar(running) or 0))
             return bool(counts[0] >= jobs and counts[1])
 
         self.system.wait_for(under_way, START_SECONDS)
 
-    def _newest(self) -> str:
-        return self.ask(lambda session: session.scalar(select(func.max(Job.id)))) or "job_"
-
     def unfinished(self, after: str) -> int:
         unfinished = select(func.count()).where(Job.id > after, Job.status.not_in(TERMINAL))
-        return self.ask(lambda session: session.scalar(unfinished)) or 0
+        return self.system.ask(lambda session: session.scalar(unfinished)) or 0
 
     def _told(self, after: str, lost: datetime | None) -> bool:
-        """Whether the outbox is empty and every job's event has come."""
-        if self.ask(lambda session: session.scalar(select(func.count()).select_from(Outbox))):
+        """Whether the outbox is empty and the events of all ends have come."""
+        left = select(func.count()).select_from(Outbox)
+        if self.system.ask(lambda session: session.scalar(left)):
             return False
-        ended = select(Job.id).where(Job.id > after)
-        if lost is not None:
-            ended = ended.where(Job.finished_at > lost)
-        ids = self.ask(lambda session: session.scalars(ended).all())
-        return all(id_ in self.collector.events for id_ in ids)
-
-    def ask(self, question: Any) -> Any:
-        """The database, patiently: it may just have been restarted."""
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                return self.database.read(question)
-            except Unavailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+        ends = (
+            select(JobEvent.job_id, func.count())
+            .where(JobEvent.job_id > after, JobEvent.to_status.in_(TERMINAL))
+            .group_by(JobEvent.job_id)
+        )
+        if lost is not None and self.system.broker == "redis":
+            ends = ends.where(JobEvent.at > lost)
+        wanted = self.system.ask(lambda session: session.execute(ends).all())
+        events = self.collector.events
+        return all(len({e["id"] for e in events.get(id_, ())}) >= count for id_, count in wanted)
 
 
-SYSTEMS: Final[Sequence[tuple[DatabaseKind, BrokerKind, float]]] = (
-    ("postgresql", "redis", 0.5),
-    ("postgresql", "rabbitmq", 0.3),
-    ("sqlite", "redis", 0.2),
-)
-"""With the share of all rounds."""
+SHARES: Final[Mapping[tuple[DatabaseKind, BrokerKind], float]] = {
+    ("postgresql", "redis"): 0.5,
+    ("postgresql", "rabbitmq"): 0.3,
+    ("sqlite", "redis"): 0.2,
+}
+"""Of the rounds that are left when each scenario has been on each system."""
+
+Planned = tuple[Scenario, int]
+"""A scenario and the seed of its round."""
 
 
-def plan(rounds: int, seed: int) -> Iterator[tuple[DatabaseKind, BrokerKind, list[int]]]:
-    """The seeds of the rounds on each system."""
+def plan(
+    rounds: int, seed: int, *, only: str = "", system: str = ""
+) -> dict[tuple[DatabaseKind, BrokerKind], list[Planned]]:
+    """The rounds on each system.
+
+    :param only: of scenarios with these words in their names.
+    :param system: all of them on this one, such as ``postgresql,redis``.
+    """
+    scenarios = {
+        kind: [each for each in fitting_scenarios(*kind) if only in each.name]
+        for kind in SHARES
+        if system in ("", ",".join(kind))
+    }
+    needed = {kind: len(fitting) for kind, fitting in scenarios.items() if fitting}
+    if not needed:
+        return {}
+    enough = rounds >= sum(needed.values())
+    counts = needed if enough else dict.fromkeys(needed, 0)
+    left = rounds - sum(counts.values())
+    weights = {kind: SHARES[kind] if enough else needed[kind] for kind in needed}
+    shares = {kind: int(left * weight / sum(weights.values())) for kind, weight in weights.items()}
+    counts = {kind: counts[kind] + shares[kind] for kind in needed}
+    counts[next(iter(needed))] += rounds - sum(counts.values())  # what rounding has left
     seeds = iter(range(seed * 1_000_000, seed * 1_000_000 + rounds))
-    left = rounds
-    for number, (database, broker, share) in enumerate(SYSTEMS):
-        count = left if number == len(SYSTEMS) - 1 else min(left, round(rounds * share))
-        left -= count
-        yield database, broker, [next(seeds) for _ in range(count)]
+    planned = {}
+    for kind, count in counts.items():
+        fitting = scenarios[kind]
+        random.Random(f"{seed} {kind}").shuffle(fitting)
+        planned[kind] = [(fitting[number % len(fitting)], next(seeds)) for number in range(count)]
+    return planned
 
 
 def main() -> None:
@@ -232,34 +262,39 @@ def main() -> None:
     amounts = Amounts(batches=args.batches, items=args.items)
     done: list[Round] = []
     begun = time.monotonic()
-    for database, broker, seeds in plan(args.rounds, args.seed):
-        if not seeds or (args.system and args.system != f"{database},{broker}"):
+    systems = plan(args.rounds, args.seed, only=args.only, system=args.system)
+    for (database, broker), planned in systems.items():
+        if not planned:
             continue
         with tempfile.TemporaryDirectory(prefix="visq-faults-") as folder:
             if args.keep:
                 folder = args.keep / f"{database}-{broker}"
             with Arena(System(Path(folder), database, broker)) as arena:
-                fitting = [s for s in SCENARIOS if s.fits(arena.system)]
-                if args.only:
-                    fitting = [s for s in fitting if args.only in s.name]
-                for number, seed in enumerate(seeds):
-                    found = arena.round(fitting[number % len(fitting)], seed, amounts)
+                for scenario, seed in planned:
+                    found = arena.round(scenario, args.round_seed or seed, amounts)
                     done.append(found)
                     _tell(found)
                     if args.report:
                         with args.report.open("a") as lines:
                             lines.write(json.dumps(asdict(found)) + "\n")
+    table = as_table([asdict(each) for each in done])
+    print(f"\n{table}\n")
+    if args.table:
+        args.table.write_text(f"{table}\n")
     total = sum(each.jobs for each in done)
     broken = [each for each in done if each.violations]
     print(
         f"{len(done)} rounds, {total} jobs, {time.monotonic() - begun:.0f} s: "
-        f"{sum(len(each.violations) for each in broken)} violations in {len(broken)} rounds"
+        f"{sum(len(each.violations) for each in broken)} violations in {len(broken)} rounds; "
+        f"the fault has not struck in {sum(each.struck == 0 for each in done)} rounds"
     )
     sys.exit(1 if broken else 0)
 
 
 def _tell(found: Round) -> None:
     verdict = "ok" if not found.violations else f"{len(found.violations)} VIOLATIONS"
+    if not found.struck:
+        verdict += ", NOT STRUCK"
     print(
         f"[{found.system}; seed {found.seed}] {found.scenario}: {found.did}; {found.jobs} jobs, "
         f"attempts {found.attempts}, {found.seconds} s: {verdict}",
@@ -271,15 +306,19 @@ def _tell(found: Round) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="on all systems together")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--round-seed", type=int, help="of every round, to repeat one")
     parser.add_argument("--batches", type=int, default=Amounts.batches)
     parser.add_argument("--items", type=int, default=Amounts.items, help="of each batch")
-    parser.add_argument("--only", help="scenarios with these words in their names")
-    parser.add_argument("--system", help="such as postgresql,redis")
+    parser.add_argument("--only", default="", help="scenarios with these words in their names")
+    parser.add_argument(
+        "--system", default="", help="only this one of the three, such as postgresql,redis"
+    )
     parser.add_argument(
         "--report", type=Path, help="a file that gets a line of JSON for each round"
     )
+    parser.add_argument("--table", type=Path, help="a file that gets the table of all rounds")
     parser.add_argument("--keep", type=Path, help="keep logs and data in this folder")
     return parser.parse_args()
 

@@ -9,32 +9,41 @@ the processes with the thread that started them.
 from __future__ import annotations
 
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import httpx2
 import psutil
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
+from models.database import Database, db_now
+from models.tables import Job, JobEvent
 from tests.deployment import API_KEY
 from tests.faults import process
 from tests.faults.disk import SmallDisk
+from tests.faults.pictures import BUCKET, Gallery
+from tests.faults.process_handle import Process
 from tests.faults.proxy import Proxy, url_through
 from tests.faults.store import LyingStore
 from tests.servers import PostgreSQL, RabbitMQ, S3Endpoint, Server, Valkey
 from tests.waiting import until
-from visq.embedded.processes import end, free_port, start_tethered
-from visq.points import Point
+from visq.embedded.processes import free_port
+from visq.errors import Unavailable
+from visq.pixels import NAME_PREFIX
+from visq.types import JobStatus
+
+T = TypeVar("T")
 
 LEASE_SECONDS: Final = 3.0
-BUCKET: Final = "pictures"
+SHARED_MEMORY: Final = Path("/dev/shm")
 DISK_BYTES: Final = 512 * 1024 * 1024
 """Of the disk with the data folders, and with the database if that is SQLite."""
 
@@ -54,84 +63,6 @@ SETTINGS: Final = {
 
 DatabaseKind = Literal["postgresql", "sqlite"]
 BrokerKind = Literal["redis", "rabbitmq"]
-
-
-class Process:
-    """An API or a worker."""
-
-    def __init__(
-        self, name: str, kind: str, folder: Path, environment: Mapping[str, str], control: Path
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.environment = dict(environment)
-        self.log = folder / f"{name}.log"
-        self.starts = 0
-        self._control = control
-        self._popen: subprocess.Popen[bytes] | None = None
-
-    @property
-    def alive(self) -> bool:
-        return self._popen is not None and self._popen.poll() is None
-
-    @property
-    def pid(self) -> int:
-        assert self._popen is not None
-        return self._popen.pid
-
-    def start(self, **extra: str) -> None:
-        """:param extra: more of its environment, until its next start."""
-        command = [sys.executable, "-m", "tests.faults.process", self.name, self.kind]
-        self._popen = start_tethered(command, log=self.log, env=self.environment | extra)
-        self.starts += 1
-
-    def kill(self) -> None:
-        """``kill -9``, to it alone: what it started must notice by itself."""
-        self._signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
-
-    def stop(self) -> None:
-        """It stands still, as on a machine that is out of memory or was migrated."""
-        self._signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        self._signal(signal.SIGCONT)
-
-    def arm(self, point: Point, passes: int, deed: process.Deed = "kill") -> None:
-        process.arm(self._control, self.name, point, passes, deed)
-
-    @property
-    def armed(self) -> bool:
-        """Whether it has not looked at its order yet."""
-        return (self._control / self.name).exists()
-
-    def disarm(self) -> None:
-        (self._control / self.name).unlink(missing_ok=True)
-
-    @property
-    def stopped(self) -> bool:
-        try:
-            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
-        except psutil.NoSuchProcess:
-            return False
-
-    def engine(self) -> psutil.Process | None:
-        """The engine's process of a worker, if there is one just now."""
-        with suppress(OSError, ValueError, psutil.NoSuchProcess):
-            engine = psutil.Process(int((self._control / f"{self.name}.engine").read_text()))
-            return engine if engine.ppid() == self.pid else None
-        return None
-
-    def end(self) -> None:
-        if self._popen is not None:
-            self.go_on()
-            end(self._popen, 20)
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._popen is not None and self._popen.poll() is None:
-            self._popen.send_signal(number)
 
 
 class System:
@@ -155,8 +86,8 @@ class System:
         self.rabbitmq = RabbitMQ(folder / "rabbitmq") if broker == "rabbitmq" else None
         self.s3 = S3Endpoint(folder / "s3")
         self.processes: list[Process] = []
-        self.redis_lost = 0
-        """Times that Redis has lost what it held, results in its queues included."""
+        self.redis_lost_at: datetime | None = None
+        """When Redis has last lost what it held in this round, by the database's clock."""
         self._workers = workers
         self._settings = SETTINGS | settings
         self._mutation = mutation
@@ -192,6 +123,7 @@ class System:
             self._running.callback(self.disk.remove)
         self._running.callback(self._end_processes)
         self.s3.create_bucket(BUCKET)
+        self.gallery = Gallery(self.s3.client())
         self.store = self._running.enter_context(LyingStore(self.s3))
         self.database_proxy, self.redis_proxy, self.broker_proxy = (
             self._running.enter_context(Proxy(port)) for port in self._ports()
@@ -204,6 +136,8 @@ class System:
         self.redis_url = self.valkey.url
         self.broker_url = self.valkey.url if self.rabbitmq is None else self.rabbitmq.url
         self._migrate()
+        self.reader = Database(self.database_url)
+        self._running.callback(self.reader.close)
         self.urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
         for number, url in enumerate(self.urls):
             self._add("api", number, control, VISQ_PORT=url.rpartition(":")[2])
@@ -224,14 +158,57 @@ class System:
         self._running.close()
 
     def left_behind(self) -> list[str]:
-        """Processes that still live, once the system has ended."""
+        """Processes that still live, once the system has ended, and pictures in shared memory."""
         control = str(self.folder / "control")
         found = []
         for each in psutil.process_iter():
             with suppress(psutil.Error):
                 if each.environ().get(process.CONTROL) == control:
                     found.append(f"{' '.join(each.cmdline())} ({each.pid})")
+        ours = {str(pid) for each in self.processes for pid in each.pids}
+        prefix = NAME_PREFIX.removeprefix("/")
+        for segment in SHARED_MEMORY.glob(f"{prefix}*"):
+            if segment.name.removeprefix(prefix).partition("-")[0] in ours:
+                found.append(str(segment))
         return found
+
+    def ask(self, question: Callable[[Session], T]) -> T:
+        """The database, patiently: it may just have been restarted."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return self.reader.read(question)
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def now(self) -> datetime:
+        """By the database's clock."""
+        return self.ask(lambda session: session.execute(select(db_now())).scalar_one())
+
+    def newest_job(self) -> str:
+        """Its id; those of later ones are greater."""
+        newest = select(func.max(Job.id))
+        return self.ask(lambda session: session.scalar(newest)) or "job_"
+
+    def note_loss_of_redis(self) -> None:
+        """Just now it has lost all that it held, results in its queues included."""
+        self.redis_lost_at = self.now()
+
+    def held_by(self, worker: Process) -> int:
+        """How many jobs it runs."""
+        held = select(func.count()).where(
+            Job.status == JobStatus.RUNNING, Job.worker.contains(f":{worker.pid}:")
+        )
+        return self.ask(lambda session: session.scalar(held)) or 0
+
+    def claimed_by(self, worker: Process) -> int:
+        """How many claims it has made."""
+        made = select(func.count()).where(
+            JobEvent.to_status == JobStatus.RUNNING, JobEvent.worker.contains(f":{worker.pid}:")
+        )
+        return self.ask(lambda session: session.scalar(made)) or 0
 
     def objects(self) -> list[str]:
         """Names of all objects in the store."""
@@ -270,6 +247,7 @@ class System:
         for proxy in (self.database_proxy, self.redis_proxy, self.broker_proxy):
             proxy.heal()
         self.store.heal()
+        self.gallery.heal()
         for each in self.processes:
             each.disarm()
             each.go_on()
@@ -292,15 +270,12 @@ class System:
             worker.environment = before
             self._restart(worker)
 
-    def random_process(self, chance: random.Random) -> Process:
-        return chance.choice(self.processes)
-
     # --- the parts ---------------------------------------------------------------------------
 
     def _restart(self, worker: Process) -> None:
+        before = worker.starts
         worker.terminate()
-        self.wait_for(lambda: not worker.alive, 30)
-        worker.start()
+        self.wait_for(lambda: worker.starts > before, 30)
 
     def _ports(self) -> tuple[int, int, int]:
         postgres = free_port() if self.postgres is None else self.postgres.port

@@ -12,12 +12,25 @@ from tests.faults.rounds import Arena
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.system import System
 
-LONG = Amounts(jobs=80, sessions=0, batches=0, cancels=0, steps=60, long=2, seconds=2.0)
+LONG = Amounts(
+    jobs=80,
+    sessions=0,
+    deleted=0,
+    batches=0,
+    doomed=0,
+    cancels=0,
+    expiring=0,
+    missing=0,
+    steps=60,
+    long=2,
+    seconds=2.0,
+)
 """Answers of one second or two: they are under way when something happens."""
 CASES = {
     "fencing": ("a worker stands still past its lease", "wrong answer"),
     "outbox": ("kill -9 of workers at run.ended", "untold"),
     "lease": ("no fault", "blamed"),
+    "clock": ("clocks 5 minutes off", "blamed"),
 }
 ROUNDS = 4
 """At most: whether a fault strikes where it hurts is left to chance."""
