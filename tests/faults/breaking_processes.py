@@ -125,8 +125,8 @@ def at_point(
     """Strike processes where they come by `point`.
 
     :param passes: for which time at most.
-    :param alone: the processes of the other kind stand still meanwhile, for longer than a lease:
-        else they might do all that leads there.
+    :param alone: the processes of the other kind are dead meanwhile: else they might do all that
+        leads there.
     :param delay: seconds between `before` and the arming.
     :param before: what makes sure that somebody comes by.
     """
@@ -135,7 +135,7 @@ def at_point(
         before(system)
         victims = [each for each in system.processes if each.kind == kind]
         others = [each for each in system.processes if each.kind != kind]
-        with standing_still(others if alone else ()):
+        with system.without(others if alone else ()):
             system.wait(delay)
             for victim in victims:
                 victim.arm(point, chance.randint(1, passes), deed)

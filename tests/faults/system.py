@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -88,6 +88,8 @@ class System:
         self.processes: list[Process] = []
         self.redis_lost_at: datetime | None = None
         """When Redis has last lost what it held in this round, by the database's clock."""
+        self._dead: list[Process] = []
+        """They are not started again for a while."""
         self._workers = workers
         self._settings = SETTINGS | settings
         self._mutation = mutation
@@ -222,7 +224,7 @@ class System:
     def tend(self) -> None:
         """Start again what has ended."""
         for each in self.processes:
-            if not each.alive:
+            if not each.alive and each not in self._dead:
                 each.start()
 
     def wait(self, seconds: float) -> None:
@@ -257,6 +259,19 @@ class System:
         if self.disk is not None:
             self.disk.make_room()
         self.tend()
+
+    @contextmanager
+    def without(self, processes: Sequence[Process]) -> Iterator[None]:
+        """Kill them, and start them again afterwards."""
+        self._dead += processes
+        for each in processes:
+            each.kill()
+        try:
+            yield
+        finally:
+            for each in processes:
+                self._dead.remove(each)
+            self.tend()
 
     @contextmanager
     def with_environment(self, worker: Process, **extra: str) -> Iterator[None]:
