@@ -323,6 +323,9 @@ class System:
 
     def _end_processes(self) -> None:
         for each in self.processes:
+            each.go_on()
+            each.terminate()
+        for each in self.processes:
             each.end()
 
 
