@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, aliased
 from models import dead_letters, revision
 from models.database import Database, db_now
 from models.moves import PENDING
-from models.tables import Job, JobEvent, Outbox
+from models.tables import Job, JobEvent, Outbox, has_status
 from visq.errors import ConfigurationError, Unavailable
 from visq.types import JobStatus
 
@@ -112,7 +112,7 @@ def look(session: Session, *, late_seconds: float, untold_seconds: float) -> Che
         unpublished=_late(
             session, Job.publish_at, Job.status == JobStatus.QUEUED, Job.publish_at <= late
         ),
-        expired=_late(session, Job.expires_at, Job.status.in_(PENDING), Job.expires_at <= late),
+        expired=_late(session, Job.expires_at, has_status(*PENDING), Job.expires_at <= late),
         lost=_late(
             session,
             Job.lease_expires_at,
@@ -151,6 +151,8 @@ def _queued(session: Session) -> Late:
         or_(Job.run_after.is_(None), Job.run_after <= db_now()),
     )
     count = session.scalar(select(func.count()).select_from(Job).where(due)) or 0
+    if not count:
+        return Late()
     oldest = select(Job.id, Job.run_after).where(due).order_by(Job.id).limit(OLDEST_QUEUED)
     candidates = oldest.subquery()
     last_event = (
@@ -171,7 +173,9 @@ def _blocked(session: Session) -> Late:
         earlier.turn < Job.turn,
         earlier.status.in_(UNFINISHED),
     )
-    return _late(session, Job.created_at, Job.status == JobStatus.WAITING, ~unfinished)
+    # Twice, so that the index of those that wait is used.
+    waits = (has_status(*PENDING), Job.status == JobStatus.WAITING)
+    return _late(session, Job.created_at, *waits, ~unfinished)
 
 
 def _clock(session: Session) -> Clock:

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from models.database import db_now, fetch
 from models.moves import ALONE
 from models.outcomes import QueuedJob
-from models.tables import Job
+from models.tables import Job, has_status
 from visq.types import JobStatus, Lane
 
 
@@ -33,7 +33,7 @@ class DueJob:
 
 
 # Not parameters: an index may be for these rows only, and must be known to fit.
-_QUEUED: Final = Job.status == literal_column(f"'{JobStatus.QUEUED.value}'")
+_QUEUED: Final = has_status(JobStatus.QUEUED)
 _UNPUBLISHED: Final = Job.publishes == literal_column("0")
 
 

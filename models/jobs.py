@@ -59,7 +59,7 @@ from models.outcomes import (
     Transition,
     Work,
 )
-from models.tables import Batch, Job, JobEvent, Tenant
+from models.tables import Batch, Job, JobEvent, Tenant, has_status
 from visq.errors import EngineCrashed, InternalError, NotFound, NotRetriable
 from visq.types import BatchStatus, JobStatus, Prompt
 
@@ -374,7 +374,7 @@ def past_deadline(session: Session, limit: int) -> list[str]:
     return list(
         session.scalars(
             select(Job.id)
-            .where(Job.status.in_(PENDING), Job.expires_at <= db_now())
+            .where(has_status(*PENDING), Job.expires_at <= db_now())
             .order_by(Job.expires_at)
             .limit(limit)
         )

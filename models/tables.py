@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 from sqlalchemy import (
     JSON,
     BigInteger,
+    ColumnElement,
     Enum,
     ForeignKey,
     Index,
@@ -18,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -272,3 +274,10 @@ class Outbox(Base):
     tries: Mapped[int] = mapped_column(default=0)
     available_at: Mapped[datetime] = mapped_column(default=db_now())
     created_at: Mapped[datetime] = mapped_column(default=db_now())
+
+
+def has_status(*statuses: JobStatus) -> ColumnElement[bool]:
+    """Whether a job is in one of these states, written out and not as parameters: an index that is
+    for such rows only must be known to fit."""
+    written = [literal_column(f"'{status.value}'", Job.status.type) for status in statuses]
+    return Job.status == written[0] if len(written) == 1 else Job.status.in_(written)

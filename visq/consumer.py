@@ -150,7 +150,7 @@ class _Consumer:
         self.max_deliveries = max_deliveries or None
         self.handled = _Recent(remember)
         self._url = broker_url
-        self._max_pause = max_pause
+        self.max_pause = max_pause
 
     def run(self) -> None:
         outages = 0
@@ -161,7 +161,7 @@ class _Consumer:
                 connection.ensure_connection(max_retries=1, timeout=5)
                 _Connected(self, connection).consume()
             except _outages(connection) as error:  # the broker delivers again what was held
-                outages = 1 if time.monotonic() - started > self._max_pause else outages + 1
+                outages = 1 if time.monotonic() - started > self.max_pause else outages + 1
                 pause = self.pause(outages)
                 log.warning("the broker is away (%s); trying again in %.1f s", error, pause)
                 self.stop.wait(pause)
@@ -171,7 +171,7 @@ class _Consumer:
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row."""
-        return min(self._max_pause, FIRST_PAUSE * 2.0 ** min(failures - 1, 16))
+        return min(self.max_pause, FIRST_PAUSE * 2.0 ** min(failures - 1, 16))
 
 
 class _Connected:
@@ -291,7 +291,10 @@ class _Connected:
             failure = Failure.after(failure, type(error).__name__, str(error))
             if consumer.max_deliveries is None or failure.deliveries < consumer.max_deliveries:
                 log.exception("the handler failed on event %s; it will come again", event.id)
-                due = time.monotonic() + consumer.pause(failure.deliveries)
+                # A dead letter that is only looked at need not come again soon.
+                looked_at = is_dead(message) and consumer.max_deliveries is None
+                pause = consumer.max_pause if looked_at else consumer.pause(failure.deliveries)
+                due = time.monotonic() + pause
                 heapq.heappush(self._waiting, (due, next(self._numbers), message, failure))
             else:
                 log.exception("the handler failed on event %s", event.id)

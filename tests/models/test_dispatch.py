@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import event, text, update
 from sqlalchemy.orm import Session
 
-from models import dispatch
+from models import dispatch, jobs
 from models.database import db_now
 from models.tables import Job
 from tests.models.conftest import World
@@ -85,6 +85,23 @@ def test_first_publications_are_found_by_an_index_of_their_own(world: World) -> 
     first, repeated = looks
     assert "ix_jobs_unpublished" in plan(world, *first)
     assert "ix_jobs_to_publish" in plan(world, *repeated)
+
+
+def test_passed_deadlines_are_found_among_the_few_jobs_that_have_not_ended(world: World) -> None:
+    waiting(world, 2000)
+    with world.database.engine.connect() as connection:
+        connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("ANALYZE"))
+    looks: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.lstrip().startswith("SELECT jobs.id"):
+            looks.append((statement, parameters))
+
+    event.listen(world.database.engine, "before_cursor_execute", note)
+    world.database.read(jobs.past_deadline, 10)
+    event.remove(world.database.engine, "before_cursor_execute", note)
+    [look] = looks
+    assert "ix_jobs_deadlines" in plan(world, *look)
 
 
 def plan(world: World, statement: str, parameters: Any) -> str:

@@ -30,6 +30,7 @@ class DataFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.logs = self.path / "logs"
+        self.objects = self.path / "objects"
         self._lock: int | None = None
 
     def __enter__(self) -> DataFolder:
@@ -37,6 +38,8 @@ class DataFolder:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.logs.mkdir(exist_ok=True)
+            # Now, so that all processes notice when it is gone later.
+            self.objects.mkdir(exist_ok=True)
             # Not inheritable (PEP 446): a child that lives on must not hold the lock.
             self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:

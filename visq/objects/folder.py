@@ -30,6 +30,7 @@ INCOMING: Final = ".incoming"
 """Where writers prepare files, in the root so that the rename is atomic; no bucket's name."""
 
 _MAX_NAME_BYTES: Final = 240
+_LOST: Final = "its folder is gone: is a disk not mounted?"
 _HASHED: Final = "%~"
 
 
@@ -40,6 +41,8 @@ class FolderStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._seen = root.is_dir()
+        """Whether the folder has been there: then, without it, a disk is not mounted."""
 
     def get(
         self, ref: ObjectRef, *, max_bytes: int, if_none_match: str | None = None
@@ -47,8 +50,12 @@ class FolderStore:
         if ref.version_id is not None:
             raise ImageNotFound(f"image {ref} is not found: a folder store keeps no versions")
         try:
-            return self._read(ref, max_bytes, if_none_match)
+            found = self._read(ref, max_bytes, if_none_match)
+            self._seen = True
+            return found
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            if self._is_lost():
+                raise ImageFetchFailed(f"image {ref} could not be read ({_LOST})") from None
             raise ImageNotFound(f"image {ref} is not found") from None
         except PermissionError:
             raise ImageForbidden(f"image {ref} may not be read by this process") from None
@@ -59,6 +66,8 @@ class FolderStore:
         del content_type  # decoding goes by the bytes
         target = self._path(ref)
         incoming = self._root / INCOMING / uuid.uuid4().hex
+        if self._is_lost():
+            raise Unavailable(f"{ref} could not be written ({_LOST})")
         try:
             incoming.parent.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +86,17 @@ class FolderStore:
                 incoming.unlink()
 
     def ping(self) -> None:
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Unavailable(f"the object store's folder fails ({_name(error)})") from error
-        if not os.access(self._root, os.R_OK | os.W_OK | os.X_OK):
+        # The folder is not made here: a probe would hide that a disk is not mounted.
+        if self._is_lost():
+            raise Unavailable(f"the object store fails: {_LOST}")
+        there = next(each for each in [self._root, *self._root.parents] if each.exists())
+        if not there.is_dir() or not os.access(there, os.R_OK | os.W_OK | os.X_OK):
             raise Unavailable("the object store's folder may not be read and written")
+
+    def _is_lost(self) -> bool:
+        is_there = self._root.is_dir()
+        self._seen = self._seen or is_there
+        return self._seen and not is_there
 
     def close(self) -> None:
         """A folder needs no closing."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.visq.objects.reading import LIMIT, fetched
-from visq.errors import ImageForbidden, ImageNotFound, InvalidRequest, Unavailable
+from visq.errors import ImageFetchFailed, ImageForbidden, ImageNotFound, InvalidRequest, Unavailable
 from visq.objects import ObjectRef, ObjectStore, open_store, parse_uri
 from visq.objects.folder import FolderStore
 from visq.settings import Settings
@@ -79,3 +79,29 @@ def test_a_folder_that_cannot_be_made_does_not_answer(tmp_path: Path) -> None:
     store = open_store(Settings(object_store=(tmp_path / "file" / "objects").as_uri()))
     with pytest.raises(Unavailable):
         store.ping()
+
+
+def test_a_folder_that_is_gone_is_an_outage_and_not_a_missing_picture(tmp_path: Path) -> None:
+    root = tmp_path / "objects"
+    (root / "pictures").mkdir(parents=True)
+    store = FolderStore(root)
+    ref = parse_uri("s3://pictures/cat.jpg")
+    store.put(ref, b"a cat", "image/jpeg")
+    root.rename(tmp_path / "not mounted")
+    with pytest.raises(ImageFetchFailed, match="not mounted") as failure:
+        fetched(store, ref)
+    assert failure.value.retryable
+    for use in (store.ping, lambda: store.put(ref, b"another cat", "image/jpeg")):
+        with pytest.raises(Unavailable, match="not mounted"):
+            use()
+    assert not root.exists()
+    (tmp_path / "not mounted").rename(root)
+    assert fetched(store, ref).data == b"a cat"
+
+
+def test_looking_at_a_folder_that_was_never_there_does_not_make_it(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "objects")
+    store.ping()
+    with pytest.raises(ImageNotFound):
+        fetched(store, parse_uri("s3://pictures/cat.jpg"))
+    assert not (tmp_path / "objects").exists()
