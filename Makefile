@@ -14,8 +14,8 @@ FAULT_SEED ?= 1
 help:
 	@echo "make demo     set up, start everything on this machine, answer questions on pictures"
 	@echo "make test     format, lint, types, imports between the rooms, tests"
-	@echo "make faults   the long tests of faults: FAULT_ROUNDS rounds (200) of 500 jobs, FAULT_SEED (1)"
 	@echo "make lint     the same without the tests"
+	@echo "make faults   the long tests of faults: FAULT_ROUNDS rounds (200), FAULT_SEED (1)"
 	@echo "make format   format the code and mend what can be mended"
 	@echo "make install  set up $(VENV)"
 	@echo "make clean    remove $(VENV) and caches"

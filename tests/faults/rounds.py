@@ -263,6 +263,8 @@ def main() -> None:
     done: list[Round] = []
     begun = time.monotonic()
     systems = plan(args.rounds, args.seed, only=args.only, system=args.system)
+    if not any(systems.values()):
+        sys.exit("nothing to do: no scenario fits, or there is no such system")
     for (database, broker), planned in systems.items():
         if not planned:
             continue
