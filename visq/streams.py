@@ -84,6 +84,8 @@ class WorkerInfo(BaseModel):
     dtype: str
     concurrency: int
     in_flight: int
+    engine_down: str | None = None
+    """Why its engine does not answer just now: it claims no job until that is up again."""
 
 
 def worker_key(worker_id: str) -> str:

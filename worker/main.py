@@ -29,7 +29,8 @@ from visq.objects import open_store
 from visq.settings import Settings
 from visq.streams import WorkerInfo, announce_failure, withdraw_failures
 from worker.engine import start_engine
-from worker.engine.face import Engine, EngineInfo
+from worker.engine.face import EngineInfo
+from worker.engine.process import ProcessEngine
 from worker.executor import Executor
 from worker.media import Media
 from worker.metrics import Metrics
@@ -98,6 +99,7 @@ def run(settings: Settings) -> int:
                 dtype=info.dtype,
                 concurrency=concurrency,
                 in_flight=in_flight,
+                engine_down=engine.down,
             )
 
         runs = Runs(settings, database, courier.redis, describe)
@@ -123,7 +125,7 @@ def run(settings: Settings) -> int:
         return serve(app, settings, concurrency, executor, runs)
 
 
-def _start_engine(settings: Settings) -> Engine:
+def _start_engine(settings: Settings) -> ProcessEngine:
     """Load the model. If that fails, say so where operators look (`/readyz`, `visq doctor`,
     `visq health worker`): this process is about to end, and takes no job.
 

@@ -13,7 +13,7 @@ from worker.engine.process import ProcessEngine
 __all__ = ["Engine", "start_engine"]
 
 
-def start_engine(settings: Settings) -> Engine:
+def start_engine(settings: Settings) -> ProcessEngine:
     """Start the engine that `settings` ask for, in a process of its own, with its model loaded.
 
     :raises ConfigurationError: if the model cannot be loaded.

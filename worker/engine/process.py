@@ -69,6 +69,8 @@ LONGEST_PAUSE: Final = 30.0
 LOOK_SECONDS: Final = 0.5
 """Time between two looks at whether the process goes on."""
 
+ENDED: Final = "the engine process ended; it is started again, and loads the model"
+
 DIED_LOADING: Final = (
     "the engine process died while it loaded the model; if it was killed, the machine has too "
     "little memory for this model"
@@ -136,6 +138,11 @@ class ProcessEngine:
         return self._outbox is not None
 
     @property
+    def down(self) -> str | None:
+        """Why it is not alive; ``None``: it is."""
+        return None if self.alive else self._failure or ENDED
+
+    @property
     def pid(self) -> int | None:
         """Of the process that runs at present."""
         return None if self._process is None else self._process.pid
@@ -198,14 +205,15 @@ class ProcessEngine:
                 if failure is None:
                     # One that has answered nothing may be ill: it must not get all jobs at once.
                     pause = 0.0 if self._answered else min(LONGEST_PAUSE, 2 * pause + 1)
+                    self._failure = ENDED
                     logger.error("the engine process ended; starting it again")
-                elif self._info is None:
-                    self._failure = failure
+                    continue
+                self._failure = failure
+                if self._info is None:
                     break
-                else:
-                    pause = min(LONGEST_PAUSE, 2 * pause + 1)
-                    logger.error("the engine did not come up again: %s", failure)
-                    self._give_up()
+                pause = min(LONGEST_PAUSE, 2 * pause + 1)
+                logger.error("the engine did not come up again: %s", failure)
+                self._give_up()
         finally:
             self._give_up()
             self._started.set()
