@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 import redis
 
+from migrations.run import upgrade
 from models import jobs
 from models.outcomes import Failed
+from tests.api.conftest import settings_for
 from tests.api.running import PlayedWorker, RunningApi
+from tests.servers import Valkey
 from tests.waiting import until
 from visq import streams
 from visq.errors import ImageFetchFailed
-from visq.streams import announce_failure, failed_workers, withdraw_failures
+from visq.streams import (
+    announce_failure,
+    announce_worker,
+    failed_workers,
+    live_workers,
+    withdraw_failures,
+)
 
 
 @pytest.fixture
@@ -70,6 +81,38 @@ def test_a_failure_is_forgotten_after_some_minutes_and_its_reason_is_short(
     announce_failure(store, "gpu-1", "m", "anew")
     until(lambda: not failed_workers(store), 10, "the failure to be outdated")
     assert not store.exists(streams.FAILED_WORKERS_KEY)
+
+
+def test_an_engine_that_is_down_is_told(
+    client: httpx2.Client, worker: PlayedWorker, store: redis.Redis
+) -> None:
+    worker.announce()
+    info = next(each for each in live_workers(store) if each.id == "w1")
+    announce_worker(store, info.model_copy(update={"engine_down": "killed"}), ttl_seconds=60)
+    try:
+        [down] = until(lambda: client.get("/readyz").json()["engines_down"], 10, "the engine")
+        assert down == {"worker": "w1", "model": "small", "reason": "killed"}
+    finally:
+        worker.leave()
+
+
+def test_a_redis_that_is_silent_is_named_before_a_probe_gives_up(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    upgrade(sqlite_url)
+    with Valkey(tmp_path / "valkey") as own:
+        settings = settings_for(sqlite_url, own.url, tmp_path)
+        with RunningApi(settings) as running, running.client("secret-0") as asking:
+            assert asking.get("/readyz").status_code == 200
+            process = psutil.Process(redis.Redis.from_url(own.url).info()["process_id"])
+            process.suspend()
+            try:
+                answer = asking.get("/readyz", timeout=5)
+            finally:
+                process.resume()
+    assert answer.status_code == 503
+    assert answer.json()["dependencies"]["redis"] == "does not answer"
+    assert answer.json()["workers"] is None
 
 
 def test_dead_letters_are_counted_until_they_are_retried(
