@@ -13,11 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, make_url, or_, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session, aliased
 
 from models import dead_letters, revision
+from models.connections import checked_url
 from models.database import Database, db_now
 from models.moves import PENDING
 from models.tables import Job, JobEvent, Outbox, has_status
@@ -80,10 +81,15 @@ def connect(url: str) -> Database:
 
     :raises ConfigurationError: there is none.
     """
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
-        raise ConfigurationError(f"there is no database {parsed.database}")
-    return Database(url, pool_size=1)
+    parsed = checked_url(url)
+    path = Path(parsed.database or "")
+    if parsed.get_backend_name() == "sqlite" and not path.is_file():
+        what = f"{path} is no file" if path.exists() else f"there is no database {path}"
+        raise ConfigurationError(what)
+    try:
+        return Database(url, pool_size=1)
+    except ArgumentError as error:  # `sqlite+nonsense:`
+        raise ConfigurationError("VISQ_DATABASE_URL names a driver that is not there") from error
 
 
 def ask_revision(database: Database) -> str | None:
@@ -95,9 +101,9 @@ def ask_revision(database: Database) -> str | None:
         return database.read(revision.current)
     except Unavailable as error:
         # The driver knows more: a refused password, a name that does not resolve.
-        raise Unavailable(_in_one_line(error.__cause__ or error)) from error
+        raise Unavailable(in_one_line(error.__cause__ or error)) from error
     except DBAPIError as error:
-        raise Unavailable(_in_one_line(error)) from error
+        raise Unavailable(in_one_line(error)) from error
 
 
 def look(session: Session, *, late_seconds: float, untold_seconds: float) -> Checkup:
@@ -189,7 +195,8 @@ def _seconds(since: datetime, now: datetime) -> float:
     return max(0.0, (now - since).total_seconds())
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """What the driver says, without its hints."""
     original = error.orig if isinstance(error, DBAPIError) else error
     lines = [line.strip() for line in str(original).splitlines() if line.strip()]
     return lines[0] if lines else type(original).__name__

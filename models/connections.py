@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError
 
 from visq.errors import ConfigurationError
 
@@ -43,7 +44,10 @@ MIGRATING: Final = Limits(statement=0.0, silence=math.inf)
 
 def checked_url(url: str) -> URL:
     """:raises ConfigurationError: visq does not use such a database."""
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:  # it says the URL, and so perhaps a password
+        raise ConfigurationError("VISQ_DATABASE_URL is not the URL of a database") from error
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ConfigurationError("VISQ_DATABASE_URL: SQLite needs a file, not `:memory:`")
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):

@@ -5,7 +5,9 @@ doctor gives it a thread, and waits no longer than it wants to. `visq.cli.findin
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -16,7 +18,7 @@ from amqp.exceptions import AMQPError
 from kombu import Connection, Producer
 from kombu.exceptions import KombuError
 
-from visq.errors import Unavailable
+from visq.errors import ConfigurationError, Unavailable
 from visq.settings import Settings
 from visq.streams import WorkerFailure, WorkerInfo, failed_workers, live_workers
 
@@ -91,10 +93,13 @@ def ask_broker(settings: Settings) -> Redis | None:
 
     :raises Unavailable: it does not.
     """
+    from models.checkup import in_one_line
     from worker.queue.app import is_redis
 
     if is_redis(settings.broker):
-        return _ask_redis(settings.broker)
+        return _ask_redis(settings.broker, "VISQ_BROKER_URL")
+    if not settings.broker.startswith(("amqp://", "amqps://")):
+        raise ConfigurationError("VISQ_BROKER_URL must begin with `redis://` or `amqp://`")
     try:
         _publish_one(settings.broker)
     except TimeoutError as error:
@@ -103,7 +108,7 @@ def ask_broker(settings: Settings) -> Redis | None:
             "(`rabbitmq-diagnostics alarms`)?"
         ) from error
     except (KombuError, AMQPError, OSError) as error:
-        raise Unavailable(_in_one_line(error)) from error
+        raise Unavailable(in_one_line(error)) from error
     return None
 
 
@@ -126,8 +131,8 @@ def _publish_one(url: str) -> None:
 
 def ask_redis(settings: Settings) -> tuple[Redis, Workers]:
     """:raises Unavailable: it does not answer."""
-    found = _ask_redis(settings.redis)
-    with _client(settings.redis) as client:
+    found = _ask_redis(settings.redis, "VISQ_REDIS_URL")
+    with _client(settings.redis, "VISQ_REDIS_URL") as client:
         return found, Workers(live_workers(client), failed_workers(client))
 
 
@@ -155,14 +160,47 @@ def ask_store(settings: Settings) -> str:
     return f"{settings.objects} can be read and written"
 
 
-def _client(url: str) -> redis.Redis:
-    return redis.Redis.from_url(
-        url, socket_timeout=SOCKET_SECONDS, socket_connect_timeout=SOCKET_SECONDS
-    )
+@dataclass(frozen=True)
+class Disk:
+    """The disk of a folder on this machine."""
+
+    what: str
+    folder: Path
+    free: int
+    """Bytes."""
 
 
-def _ask_redis(url: str) -> Redis:
-    with _client(url) as client:
+def ask_disks(settings: Settings) -> list[Disk]:
+    """Of what lies on this machine: SQLite's database, and the object folder."""
+    from models.connections import checked_url
+
+    folders = {}
+    with suppress(ConfigurationError):  # "database" tells it
+        url = checked_url(settings.database)
+        if url.get_backend_name() == "sqlite":
+            folders["the database"] = Path(url.database or "").absolute().parent
+    if settings.objects.startswith("file:"):
+        folders["the object store"] = Path(unquote(urlsplit(settings.objects).path))
+    found = []
+    for what, folder in folders.items():
+        there = next(each for each in (folder, *folder.parents) if each.is_dir())
+        found.append(Disk(what, there, shutil.disk_usage(there).free))
+    return found
+
+
+def _client(url: str, variable: str) -> redis.Redis:
+    try:
+        return redis.Redis.from_url(
+            url, socket_timeout=SOCKET_SECONDS, socket_connect_timeout=SOCKET_SECONDS
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"{variable}: {error}") from error
+
+
+def _ask_redis(url: str, variable: str) -> Redis:
+    from models.checkup import in_one_line
+
+    with _client(url, variable) as client:
         try:
             client.ping()
             before = time.time()
@@ -170,7 +208,7 @@ def _ask_redis(url: str) -> Redis:
             after = time.time()
             keeping = _ask_keeping(client)
         except (redis.RedisError, OSError) as error:
-            raise Unavailable(_in_one_line(error)) from error
+            raise Unavailable(in_one_line(error)) from error
     now = seconds + microseconds / 1e6
     return Redis(keeping, now - (before + after) / 2, (after - before) / 2)
 
@@ -202,8 +240,3 @@ def _write_error(info: dict[str, Any], save: str | None) -> str | None:
     if save and info.get("rdb_last_bgsave_status", "ok") != "ok":
         return "its last snapshot failed, and it may refuse writes; is its disk full?"
     return None
-
-
-def _in_one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

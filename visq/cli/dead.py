@@ -34,7 +34,8 @@ PAGE: Final = 500
 LONG: Final = 400
 """Characters of a text in a request that are shown."""
 
-JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of jobs (job_...).")]
+JobIds = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of jobs (job_...).")]
+Every = Annotated[bool, typer.Option("--all", help="All that there are.")]
 
 
 @app.command("list")
@@ -100,6 +101,12 @@ def show(
         if value not in (None, {}, []):
             details.add_row(f"[dim]{name}[/]", escape(json.dumps(value, ensure_ascii=False)))
     console.print(details)
+    console.print(
+        "attempts are counted in all: also those that were handed back, that died with their "
+        "engine, or came before a retry, which use up none of VISQ_MAX_ATTEMPTS",
+        style="dim",
+        soft_wrap=True,
+    )
     console.print()
     timeline = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("at", "state", "attempt", "worker", "reason"):
@@ -117,12 +124,7 @@ def show(
 
 @app.command()
 def retry(
-    job_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="ID...", help="Ids of jobs (job_...).")
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All that there are.")] = False,
-    as_json: AsJson = False,
-    data: Data = None,
+    job_ids: JobIds = None, every: Every = False, as_json: AsJson = False, data: Data = None
 ) -> None:
     """Queue dead letters again, with all their attempts; an API or a worker publishes them."""
     if bool(job_ids) == every:
@@ -135,12 +137,17 @@ def retry(
 
 
 @app.command()
-def drop(job_ids: JobIds, as_json: AsJson = False, data: Data = None) -> None:
+def drop(
+    job_ids: JobIds = None, every: Every = False, as_json: AsJson = False, data: Data = None
+) -> None:
     """Let go of dead letters: their jobs stay failed, and are listed here no more."""
+    if bool(job_ids) == every:
+        raise typer.BadParameter("name the ids of jobs, or --all")
     with operator_database(operator_settings(data)) as database:
         from models import dead_letters
 
-        _each(database, job_ids, dead_letters.drop, "dropped", as_json)
+        chosen = database.read(dead_letters.ids) if every else job_ids or []
+        _each(database, chosen, dead_letters.drop, "dropped", as_json)
 
 
 def _each(

@@ -7,11 +7,13 @@ that does not answer is a finding, and neither holds up the command nor the othe
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from queue import Empty, SimpleQueue
+from shlex import quote
 from typing import Final, Generic, TypeVar
 
 import typer
@@ -22,6 +24,7 @@ from visq.cli.console import console, mount_rooms
 from visq.cli.findings import Finding
 from visq.cli.operator import WHICH_DATABASE
 from visq.cli.show_settings import hide_password
+from visq.embedded.connection import ConnectionInfo
 from visq.errors import ConfigurationError, VisqError
 from visq.settings import Settings
 
@@ -63,6 +66,12 @@ def examine(settings: Settings, seconds: float) -> Iterator[Finding]:
     broker = Asked(checks.ask_broker, settings)
     redis = Asked(checks.ask_redis, settings)
     store = Asked(checks.ask_store, settings)
+    disks = Asked(checks.ask_disks, settings)
+    running = ConnectionInfo.read(settings.data) is not None
+    unset = not running and not {"redis_url", "broker_url"} & settings.model_fields_set
+    up = f"no `visq up` runs on {settings.data}: start one, name its folder with --data, or set "
+    broker_advice = f"{up}VISQ_BROKER_URL" if unset else _BROKER_AWAY
+    redis_advice = f"{up}VISQ_REDIS_URL" if unset else _REDIS_AWAY
 
     found_database = database.answer(deadline)
     if found_database is None:
@@ -71,12 +80,12 @@ def examine(settings: Settings, seconds: float) -> Iterator[Finding]:
         yield findings.database(found_database, settings)
     broker.answer(deadline)
     if broker.failure is not None:
-        yield _away("broker", broker, hide_password(settings.broker), _BROKER_AWAY)
+        yield _away("broker", broker, hide_password(settings.broker), broker_advice)
     else:
         yield from findings.broker(broker.answer(deadline), settings)
     found_redis = redis.answer(deadline)
     if found_redis is None:
-        yield _away("redis", redis, hide_password(settings.redis), _REDIS_AWAY)
+        yield _away("redis", redis, hide_password(settings.redis), redis_advice)
     else:
         yield findings.redis(settings)
     found_store = store.answer(deadline)
@@ -84,12 +93,21 @@ def examine(settings: Settings, seconds: float) -> Iterator[Finding]:
         yield _away("object store", store, settings.objects, _STORE_AWAY)
     else:
         yield Finding("object store", "ok", found_store)
+    found_disks = disks.answer(deadline)
+    if found_disks is None:
+        yield _away("disk", disks, "the free space", "is a network file system away?")
+    else:
+        yield findings.disks(found_disks)
 
     checkup = None if found_database is None else found_database.checkup
     at_redis, workers = found_redis or (None, None)
     yield from findings.clocks(checkup, at_redis)
-    if workers is not None:
-        yield from findings.workers(workers, 0 if checkup is None else checkup.queued.count)
+    if workers is None:
+        yield Finding("workers", "warning", "not looked at, as Redis could not be asked")
+    else:
+        queued = 0 if checkup is None else checkup.queued.count
+        start = f"restart the `visq up` of {settings.data}" if running else "start `visq worker`"
+        yield from findings.workers(workers, queued, start)
     if checkup is None:
         yield Finding("jobs", "warning", "not looked at, as the database could not be asked")
         return
@@ -99,9 +117,10 @@ def examine(settings: Settings, seconds: float) -> Iterator[Finding]:
         findings.deadlines,
         findings.turns,
         findings.outbox,
-        findings.dead_letters,
     ):
         yield judge(checkup)
+    named = "data" in settings.model_fields_set and "VISQ_DATA" not in os.environ
+    yield findings.dead_jobs(checkup, f" --data {quote(str(settings.data))}" if named else "")
 
 
 class Asked(Generic[T]):
@@ -143,8 +162,27 @@ _REDIS_AWAY = (
 _STORE_AWAY = f"{_WAITING} uploads are refused, and jobs with pictures are tried again"
 
 
+_FITTING: Final = (
+    (
+        ("password", "authentication", "wrongpass", "noauth", "access_refused", "access refused"),
+        "it answers, but refuses this login: mend user and password in its URL",
+    ),
+    (
+        ("readonly", "read-only", "permission denied", "unable to open"),
+        "let this user read and write the file and its folder",
+    ),
+    (
+        ("not a database", "malformed"),
+        "the file is damaged, or another's: restore it from a backup, or name another one",
+    ),
+)
+"""Words in what a server says, and what to do then in place of starting it."""
+
+
 def _away(check: str, asked: Asked[T], where: str, advice: str) -> Finding:
     error = asked.failure
+    said = str(error).lower()
+    advice = next((fits for words, fits in _FITTING if any(w in said for w in words)), advice)
     if isinstance(error, ConfigurationError):
         hint = WHICH_DATABASE if check == "database" else "see `visq config`"
         return Finding(check, "problem", error.message, hint)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from visq.cli.checks import Database, Keeping, Redis, Workers
+from visq.cli.checks import Database, Disk, Keeping, Redis, Workers
 from visq.cli.show_settings import hide_password
 from visq.settings import Settings
 
@@ -26,6 +26,10 @@ IDLE_SHARE: Final = 0.5
 for a moment, between two jobs."""
 SHORTEST_WAIT: Final = 60.0
 """Seconds that a job may wait beside free workers; at least four times `republish_seconds`."""
+
+MIB: Final = 1024 * 1024
+LEAST_FREE: Final = 256 * MIB
+"""Bytes on a disk."""
 
 LOOP: Final = (
     "the maintenance loop does this; one runs in every `visq api` and `visq worker`: is one of "
@@ -97,6 +101,23 @@ def _keeping(keeping: Keeping) -> Iterator[Finding]:
         )
 
 
+def disks(found: list[Disk]) -> Finding:
+    full = [each for each in found if each.free < LEAST_FREE]
+    if full:
+        said = "; ".join(
+            f"{each.free // MIB} MiB are free for {each.what} ({each.folder})" for each in full
+        )
+        advice = (
+            "make room, or give it a larger disk: when it is full, jobs and uploads are refused, "
+            "and results cannot be stored"
+        )
+        return Finding("disk", "problem", said, advice)
+    if not found:
+        return Finding("disk", "ok", "neither database nor object store lies on this machine")
+    said = ", ".join(f"{each.free // MIB} MiB free for {each.what}" for each in found)
+    return Finding("disk", "ok", said)
+
+
 def redis(settings: Settings) -> Finding:
     return Finding("redis", "ok", f"{hide_password(settings.redis)} answers")
 
@@ -125,8 +146,11 @@ def clocks(found: Checkup | None, redis_found: Redis | None) -> Iterator[Finding
         yield Finding("clock", "ok", f"this machine agrees with {' and '.join(ahead)}")
 
 
-def workers(found: Workers, queued: int) -> Iterator[Finding]:
-    """:param queued: jobs that wait for a worker."""
+def workers(found: Workers, queued: int, start: str) -> Iterator[Finding]:
+    """
+    :param queued: jobs that wait for a worker.
+    :param start: how a worker is started here.
+    """
     failed = [
         Finding(
             "workers",
@@ -147,9 +171,18 @@ def workers(found: Workers, queued: int) -> Iterator[Finding]:
         yield Finding(
             "workers",
             "problem" if queued else "warning",
-            f"no worker lives; {queued or 'no'} jobs wait for one",
-            "jobs are accepted and kept, but none runs: start `visq worker`",
+            f"no worker lives; {_number(queued, 'job')} wait{'s' * (queued == 1)} for one",
+            f"jobs are accepted and kept, but none runs: {start}",
         )
+    for each in found.alive:
+        if each.engine_down is not None:
+            yield Finding(
+                "workers",
+                "problem",
+                f"the engine of {each.id} is down: {each.engine_down}",
+                "the worker claims no jobs, and starts its engine again and again: if that goes "
+                "on, its log says why; has the machine enough memory for the model?",
+            )
     yield from failed
 
 
@@ -160,11 +193,15 @@ def queue(found: Checkup, alive: Workers | None, settings: Settings) -> Finding:
         return Finding("queue", "problem", late, f"{LOOP}; or the broker refuses them")
     if not found.queued.count:
         return Finding("queue", "ok", "no job waits for a worker")
-    message = f"{_jobs(found.queued)} wait, the first for {_span(found.queued.seconds)}"
-    if alive is None or not alive.alive:
+    waits = "waits" if found.queued.count == 1 else "wait"
+    message = (
+        f"{_number(found.queued.count, 'job')} {waits}, the first for {_span(found.queued.seconds)}"
+    )
+    able = [] if alive is None else [each for each in alive.alive if each.engine_down is None]
+    if not able:  # "workers" tells why
         return Finding("queue", "ok", message)
-    places = sum(each.concurrency for each in alive.alive)
-    free = places - sum(each.in_flight for each in alive.alive)
+    places = sum(each.concurrency for each in able)
+    free = places - sum(each.in_flight for each in able)
     patience = max(SHORTEST_WAIT, 4 * settings.republish_seconds)
     if found.queued.seconds > patience and free >= IDLE_SHARE * places:
         return Finding(
@@ -198,8 +235,8 @@ def turns(found: Checkup) -> Finding:
     return Finding(
         "turns",
         "problem",
-        f"{found.blocked.count} turns wait although every earlier turn of their session has ended "
-        f"({_names(found.blocked)})",
+        f"{_number(found.blocked.count, 'turn')} still waiting although every earlier turn of the "
+        f"session has ended ({_names(found.blocked)})",
         "this is a defect of visq: please report it with `visq show` of such a job; to go on, "
         "`visq cancel` the turn and submit it again",
     )
@@ -217,32 +254,35 @@ def outbox(found: Checkup) -> Finding:
     return Finding(
         "results",
         "problem",
-        f"{found.untold.count} result events are not published, the first for "
+        f"{_number(found.untold.count, 'result event')} not published, the first for "
         f"{_span(found.untold.seconds)}",
         told,
     )
 
 
-def dead_letters(found: Checkup) -> Finding:
+def dead_jobs(found: Checkup, data: str) -> Finding:
+    """:param data: the option of the commands that names the data folder, if one is needed."""
     if not found.dead_letters:
-        return Finding("dead letters", "ok", "none")
-    codes = ", ".join(f"{number} {code}" for code, number in found.dead_letters.items())
+        none = "none (letters in a consumer's <queue>.dead are not looked at)"
+        return Finding("dead jobs", "ok", none)
+    number = sum(found.dead_letters.values())
+    codes = ", ".join(f"{of_it} {code}" for code, of_it in found.dead_letters.items())
     return Finding(
-        "dead letters",
+        "dead jobs",
         "warning",
-        f"{sum(found.dead_letters.values())} jobs used up their attempts ({codes})",
-        "`visq dead list` and `visq dead show ID` tell why; when the cause is mended, "
-        "`visq dead retry`, else `visq dead drop`",
+        f"{_number(number, 'job')} used up {'its' if number == 1 else 'their'} attempts ({codes})",
+        f"`visq dead list{data}` tells why; when the cause is mended, "
+        f"`visq dead retry --all{data}`, else `visq dead drop --all{data}`",
     )
 
 
 def _late(late: Late, state: str, what: str) -> str:
-    jobs = f"{late.count} {state} job{'s' if late.count > 1 else ''}"
+    jobs = _number(late.count, f"{state} job")
     return f"{jobs} {what}, the first {_span(late.seconds)} ago ({_names(late)})"
 
 
-def _jobs(late: Late) -> str:
-    return f"{late.count} job{'s' if late.count > 1 else ''}"
+def _number(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'s' * (count != 1)}"
 
 
 def _names(late: Late) -> str:

@@ -8,7 +8,8 @@ from typing import Literal
 import httpx2
 import redis
 
-from visq.errors import Unavailable
+from visq.embedded.connection import ConnectionInfo
+from visq.errors import ConfigurationError, Unavailable
 from visq.settings import Settings
 from visq.streams import failed_workers, live_workers
 
@@ -24,8 +25,7 @@ def check(part: Literal["api", "worker"], settings: Settings) -> str:
 
 
 def _api(settings: Settings) -> str:
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-    url = f"http://{everywhere.get(settings.host, settings.host)}:{settings.port}/readyz"
+    url = f"{_url(settings)}/readyz"
     try:
         answer = httpx2.get(url, timeout=TIMEOUT_SECONDS, trust_env=False)
     except httpx2.HTTPError as error:
@@ -35,14 +35,26 @@ def _api(settings: Settings) -> str:
     return f"the API is ready at {url}"
 
 
+def _url(settings: Settings) -> str:
+    """Where the API should answer; what is not set is that of the running `visq up`."""
+    running = ConnectionInfo.read(settings.data)
+    if running is not None and not {"host", "port"} & settings.model_fields_set:
+        return running.url
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    return f"http://{everywhere.get(settings.host, settings.host)}:{settings.port}"
+
+
 def _worker(settings: Settings) -> str:
     """Ask Redis: a worker announces itself there under the name of its host."""
     host = socket.gethostname()
-    client = redis.Redis.from_url(
-        settings.redis, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
-    )
     try:
-        found = any(worker.id.startswith(f"{host}:") for worker in live_workers(client))
+        client = redis.Redis.from_url(
+            settings.redis, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"VISQ_REDIS_URL: {error}") from error
+    try:
+        found = [each for each in live_workers(client) if each.id.startswith(f"{host}:")]
         failed = [each for each in failed_workers(client) if each.host == host]
     except redis.RedisError as error:
         raise Unavailable(f"Redis does not answer: {error}") from error
@@ -54,4 +66,6 @@ def _worker(settings: Settings) -> str:
             for each in failed
         )
         raise Unavailable(f"no worker of {host} has announced itself{why}")
+    if all(each.engine_down for each in found):
+        raise Unavailable(f"the engine of {found[0].id} is down: {found[0].engine_down}")
     return f"a worker of {host} is ready"

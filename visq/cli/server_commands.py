@@ -78,11 +78,12 @@ def migrate(
 
 def health(
     part: Annotated[Literal["api", "worker"], typer.Argument(help="Which one.")] = "api",
+    data: OperatorData = None,
 ) -> None:
     """Say whether the API or the worker of this machine is ready; exit status 1 if it is not."""
     from visq.cli.health import check
 
-    console.print(check(part, load_settings()))
+    console.print(check(part, operator_settings(data)))
 
 
 def doctor(as_json: AsJson = False, data: OperatorData = None) -> None:

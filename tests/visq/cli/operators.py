@@ -110,7 +110,7 @@ def settings_for(database_url: str, redis_url: str, folder: Path, **more: Any) -
     return Settings(**{"data": folder, **urls, **more})
 
 
-def announce(url: str, *, in_flight: int = 0) -> None:
+def announce(url: str, *, in_flight: int = 0, engine_down: str | None = None) -> None:
     info = WorkerInfo(
         id="here:1:a",
         model="small",
@@ -119,6 +119,7 @@ def announce(url: str, *, in_flight: int = 0) -> None:
         dtype="float32",
         concurrency=4,
         in_flight=in_flight,
+        engine_down=engine_down,
     )
     with redis.Redis.from_url(url) as client:
         announce_worker(client, info, ttl_seconds=60)

@@ -37,7 +37,7 @@ from visq.embedded.processes import free_port
 from visq.settings import Settings
 from visq.streams import announce_failure
 
-JOB_CHECKS = {"queue", "leases", "deadlines", "turns", "results", "dead letters"}
+JOB_CHECKS = {"queue", "leases", "deadlines", "turns", "results", "dead jobs"}
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 """For what the kind of database has no part in."""
@@ -360,6 +360,73 @@ def test_a_worker_that_could_not_load_its_model_is_told_with_the_reason(
     assert "torn" in told.message
     announce(settings.redis)
     assert wrong(settings)["workers"].level == "warning"  # jobs run, elsewhere
+
+
+@on_sqlite
+def test_an_engine_that_is_down_is_told_and_not_the_broker_blamed(
+    settings: Settings, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    announce(settings.redis, engine_down="it was killed")
+    jobs.submit()
+    jobs.sql("UPDATE job_events SET at = AGO")
+    told = wrong(settings)
+    assert told.keys() == {"workers"}
+    assert told["workers"].level == "problem"
+    assert told["workers"].message == "the engine of here:1:a is down: it was killed"
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setenv("VISQ_REDIS_URL", settings.redis)
+    assert run("health", "worker").status == 1
+    announce(settings.redis)
+    assert run("health", "worker").status == 0
+
+
+@on_sqlite
+def test_a_disk_that_is_nearly_full_is_a_problem(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce(settings.redis)
+    assert found(settings)["disk"].level == "ok"
+    monkeypatch.setattr(findings, "LEAST_FREE", 2**62)
+    problem = wrong(settings)["disk"]
+    assert problem.level == "problem"
+    assert "the database" in problem.message
+    assert "the object store" in problem.message
+
+
+@pytest.mark.parametrize("url", ["nonsense", "foo://", "sqlite+no:///x", "postgresql://h:port/x"])
+def test_a_database_url_that_is_none_is_a_line_and_not_a_traceback(
+    url: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VISQ_DATABASE_URL", url)
+    done = run("dead", "list")
+    assert done.status == 2
+    assert "VISQ_DATABASE_URL" in done.stderr or "no database" in done.stderr
+
+
+def test_urls_that_cannot_be_used_and_a_folder_for_a_file_are_named(
+    redis_url: str, tmp_path: Path
+) -> None:
+    given = {"redis_url": "nonsense", "broker_url": "foo://x", "data": tmp_path}
+    (tmp_path / "visq.db").mkdir()
+    told = wrong(Settings(**given))
+    assert "VISQ_REDIS_URL" in told["redis"].message
+    assert "VISQ_BROKER_URL" in told["broker"].message
+    assert "is no file" in told["database"].message
+    assert "not looked at" in told["workers"].message
+
+
+def test_health_asks_the_api_of_the_running_stack(run: Run, tmp_path: Path, redis_url: str) -> None:
+    port = free_port()
+    ConnectionInfo(
+        url=f"http://127.0.0.1:{port}",
+        api_key="k",
+        pid=os.getpid(),
+        redis_url=redis_url,
+        broker_url=redis_url,
+    ).write(tmp_path)
+    assert f":{port}/readyz" in run("health", "api", "--data", str(tmp_path)).stderr
 
 
 def test_spans_are_said_in_the_unit_that_fits() -> None:

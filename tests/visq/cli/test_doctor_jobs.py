@@ -113,7 +113,7 @@ def test_result_events_that_are_not_delivered_are_a_problem_that_says_who_is_to_
 def test_dead_letters_are_a_warning_with_their_reasons(settings: Settings, jobs: Jobs) -> None:
     jobs.dead()
     jobs.dead()
-    warning = wrong(settings)["dead letters"]
+    warning = wrong(settings)["dead jobs"]
     assert warning.level == "warning"
     assert "2 image_fetch_failed" in warning.message
     assert "visq dead" in warning.advice
