@@ -161,6 +161,7 @@ def test_readiness_names_what_is_down(own_client: httpx2.Client, own_valkey: Val
         },
         "workers": 0,
         "failed_workers": [],
+        "engines_down": [],
         "dead_letters": 0,
     }  # fmt: skip
     own_valkey.kill()
