@@ -193,6 +193,40 @@ on two commands for each. Keys are streams; arguments: cap, TTL, and four for ea
 whether it is lasting, channel, note)."""
 
 
+_END: Final = """
+local function at(text)
+  local ok, job = pcall(cjson.decode, text)
+  local finished = ok and type(job) == 'table' and job.finished_at
+  if type(finished) ~= 'string' then return '' end
+  finished = string.gsub(finished, 'Z$', '')
+  return string.find(finished, '.', 1, true) and finished or finished .. '.'
+end
+local refusals = {}
+for i = 1, #KEYS / 2 do
+  local value, stream, first = KEYS[2 * i - 1], KEYS[2 * i], 4 * i - 1
+  local stored = redis.pcall('GET', value)
+  local newer = type(stored) == 'string' and at(stored) > at(ARGV[first])
+  if not newer then
+    local set = redis.pcall('SET', value, ARGV[first], 'EX', ARGV[2])
+    local added = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', 'event', ARGV[first + 1])
+    local err = set.err or (type(added) == 'table' and added.err)
+    if err then
+      refusals[#refusals + 1] = {i, err}
+    else
+      redis.call('EXPIRE', stream, ARGV[2])
+      redis.call('PUBLISH', ARGV[first + 2], ARGV[first + 3])
+    end
+  end
+end
+return refusals
+"""
+"""Stores ended jobs and closes their streams. A job that was retried ends more than once, and the
+event of its earlier end may come late: it must not replace that of the later one. Keys are a value
+and a stream for each; arguments: cap, TTL, and four for each job (the job, event, channel, note).
+
+Times are compared as text, as pydantic writes them: UTC, and a fraction only if there is one."""
+
+
 class EventWriter:
     """Writes token streams and result values; used by workers and by whoever ends a job.
 
@@ -202,6 +236,7 @@ class EventWriter:
     def __init__(self, client: redis.Redis, *, ttl_seconds: int) -> None:
         self._redis = client
         self._add = client.register_script(_ADD)
+        self._end = client.register_script(_END)
         self.ttl_seconds = ttl_seconds
 
     def write(self, writes: Sequence[StreamWrite]) -> list[redis.RedisError | None]:
@@ -220,11 +255,7 @@ class EventWriter:
                 notify_channel(each.job_id),
                 each.event.type,
             ]
-        refusals = dict(self._add(keys, arguments))
-        return [
-            redis.ResponseError(refusals[n].decode()) if n in refusals else None
-            for n in range(1, len(writes) + 1)
-        ]
+        return _outcomes(self._add(keys, arguments), len(writes))
 
     def attempt(self, job_id: str, attempt: int) -> None:
         """A run begins: readers discard the tokens of earlier attempts."""
@@ -248,22 +279,23 @@ class EventWriter:
 
         :raises redis.RedisError: the server does not answer.
         """
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job in jobs:
-                pipe.set(job_key(job["id"]), json.dumps(job), ex=self.ttl_seconds)
-                key = events_key(job["id"])
-                event = StreamEvent(type="end", attempt=job["attempt"], job=job)
-                fields = cast("Any", {"event": event.as_json()})
-                pipe.xadd(key, fields, maxlen=MAX_ENTRIES, approximate=True)
-                pipe.expire(key, self.ttl_seconds)
-                pipe.publish(notify_channel(job["id"]), event.type)
-            answers = iter(pipe.execute(raise_on_error=False))
-        return [
-            next((each for each in of_job if isinstance(each, redis.RedisError)), None)
-            for of_job in zip(answers, answers, answers, answers, strict=True)
-        ]
+        if not jobs:
+            return []
+        keys: list[str] = []
+        arguments: list[str | int] = [MAX_ENTRIES, self.ttl_seconds]
+        for job in jobs:
+            event = StreamEvent(type="end", attempt=job["attempt"], job=job)
+            keys += [job_key(job["id"]), events_key(job["id"])]
+            arguments += [json.dumps(job), event.as_json(), notify_channel(job["id"]), event.type]
+        return _outcomes(self._end(keys, arguments), len(jobs))
 
     def _write_one(self, job_id: str, event: StreamEvent) -> None:
         [error] = self.write([StreamWrite(job_id, event)])
         if error is not None:
             raise error
+
+
+def _outcomes(refusals: Any, count: int) -> list[redis.RedisError | None]:
+    """What a script says it could not write, by its number (from 1), for each of `count`."""
+    refused = {number: redis.ResponseError(said.decode()) for number, said in refusals}
+    return [refused.get(number) for number in range(1, count + 1)]
