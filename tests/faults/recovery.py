@@ -165,7 +165,7 @@ def _tell(what: str, seconds: Sequence[float]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--items", type=int, default=3000)
+    parser.add_argument("--items", type=int, default=6000)
     return parser.parse_args()
 
 
