@@ -65,13 +65,7 @@ class Committer:
 
         :raises Unavailable: the database does not answer.
         """
-        return self._database.run(
-            jobs.claim,
-            job_id,
-            worker=self._worker_id,
-            lease_seconds=self._lease_seconds,
-            alone=True,
-        )
+        return self._claim(job_id, alone=True)
 
     def finish(self, claim: Claim, outcome: Outcome) -> Transition | None:
         """`models.jobs.finish`.
@@ -108,9 +102,13 @@ class Committer:
         # A message may come twice: the second one finds nothing.
         return [found.pop(id_, None) if id_ not in alone else next(answers) for id_ in job_ids]
 
-    def _claim(self, job_id: str) -> Work | None:
+    def _claim(self, job_id: str, *, alone: bool = False) -> Work | None:
         return self._database.run(
-            jobs.claim, job_id, worker=self._worker_id, lease_seconds=self._lease_seconds
+            jobs.claim,
+            job_id,
+            worker=self._worker_id,
+            lease_seconds=self._lease_seconds,
+            alone=alone,
         )
 
     def _finish_all(self, ends: list[_End]) -> Sequence[Transition | Exception | None]:

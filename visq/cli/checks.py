@@ -4,20 +4,19 @@ doctor gives it a thread, and waits no longer than it wants to. `visq.cli.findin
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
-from urllib.parse import unquote, urlsplit
 
 import redis
 from amqp.exceptions import AMQPError
 from kombu import Connection, Producer
 from kombu.exceptions import KombuError
 
+from visq.cli.operator import SOCKET_SECONDS, redis_client
 from visq.errors import ConfigurationError, Unavailable
 from visq.settings import Settings
 from visq.streams import WorkerFailure, WorkerInfo, failed_workers, live_workers
@@ -25,7 +24,6 @@ from visq.streams import WorkerFailure, WorkerInfo, failed_workers, live_workers
 if TYPE_CHECKING:
     from models.checkup import Checkup
 
-SOCKET_SECONDS: Final = 5.0
 SHORTEST_LATE: Final = 30.0
 """Seconds after which work of the maintenance loop is late; more, if its rounds are rare."""
 UNTOLD_SECONDS: Final = 60.0
@@ -97,7 +95,8 @@ def ask_broker(settings: Settings) -> Redis | None:
     from worker.queue.app import is_redis
 
     if is_redis(settings.broker):
-        return _ask_redis(settings.broker, "VISQ_BROKER_URL")
+        with redis_client(settings.broker, "VISQ_BROKER_URL") as client:
+            return _ask_redis(client)
     if not settings.broker.startswith(("amqp://", "amqps://")):
         raise ConfigurationError("VISQ_BROKER_URL must begin with `redis://` or `amqp://`")
     try:
@@ -131,8 +130,8 @@ def _publish_one(url: str) -> None:
 
 def ask_redis(settings: Settings) -> tuple[Redis, Workers]:
     """:raises Unavailable: it does not answer."""
-    found = _ask_redis(settings.redis, "VISQ_REDIS_URL")
-    with _client(settings.redis, "VISQ_REDIS_URL") as client:
+    with redis_client(settings.redis, "VISQ_REDIS_URL") as client:
+        found = _ask_redis(client)
         return found, Workers(live_workers(client), failed_workers(client))
 
 
@@ -141,22 +140,18 @@ def ask_store(settings: Settings) -> str:
 
     :raises ConfigurationError, Unavailable: it does not answer, or cannot be used.
     """
-    from visq.objects import open_store
+    from visq.objects import open_store, store_folder
 
-    if settings.objects.startswith("file:"):
-        folder = Path(unquote(urlsplit(settings.objects).path))
-        if not folder.exists():  # looking must not make it
-            above = next(parent for parent in folder.parents if parent.exists())
-            if not os.access(above, os.W_OK | os.X_OK):
-                raise Unavailable(f"there is no folder {folder}, and {above} cannot be written")
-            return f"the first upload makes the folder {folder}"
     store = open_store(settings)
     try:
         store.ping()
     finally:
         store.close()
-    if settings.objects == "s3":
+    folder = store_folder(settings)
+    if folder is None:
         return f"S3 at {settings.s3_endpoint_url or 'AWS'} answers"
+    if not folder.exists():
+        return f"the first upload makes the folder {folder}"
     return f"{settings.objects} can be read and written"
 
 
@@ -173,42 +168,34 @@ class Disk:
 def ask_disks(settings: Settings) -> list[Disk]:
     """Of what lies on this machine: SQLite's database, and the object folder."""
     from models.connections import checked_url
+    from visq.objects import store_folder
 
     folders = {}
     with suppress(ConfigurationError):  # "database" tells it
         url = checked_url(settings.database)
         if url.get_backend_name() == "sqlite":
             folders["the database"] = Path(url.database or "").absolute().parent
-    if settings.objects.startswith("file:"):
-        folders["the object store"] = Path(unquote(urlsplit(settings.objects).path))
+    with suppress(ConfigurationError):  # "object store" tells it
+        if (folder := store_folder(settings)) is not None:
+            folders["the object store"] = folder
     found = []
-    for what, folder in folders.items():
-        there = next(each for each in (folder, *folder.parents) if each.is_dir())
+    for what, wanted in folders.items():
+        there = next(each for each in (wanted, *wanted.parents) if each.is_dir())
         found.append(Disk(what, there, shutil.disk_usage(there).free))
     return found
 
 
-def _client(url: str, variable: str) -> redis.Redis:
-    try:
-        return redis.Redis.from_url(
-            url, socket_timeout=SOCKET_SECONDS, socket_connect_timeout=SOCKET_SECONDS
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"{variable}: {error}") from error
-
-
-def _ask_redis(url: str, variable: str) -> Redis:
+def _ask_redis(client: redis.Redis) -> Redis:
     from models.checkup import in_one_line
 
-    with _client(url, variable) as client:
-        try:
-            client.ping()
-            before = time.time()
-            seconds, microseconds = cast("tuple[int, int]", client.time())
-            after = time.time()
-            keeping = _ask_keeping(client)
-        except (redis.RedisError, OSError) as error:
-            raise Unavailable(in_one_line(error)) from error
+    try:
+        client.ping()
+        before = time.time()
+        seconds, microseconds = client.time()
+        after = time.time()
+        keeping = _ask_keeping(client)
+    except (redis.RedisError, OSError) as error:
+        raise Unavailable(in_one_line(error)) from error
     now = seconds + microseconds / 1e6
     return Redis(keeping, now - (before + after) / 2, (after - before) / 2)
 

@@ -8,9 +8,10 @@ over all tenants, and need no API.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from rich.markup import escape
@@ -19,10 +20,9 @@ from rich.table import Table
 from visq.cli.client_common import AsJson, Exit, coloured, show_error
 from visq.cli.console import console, errors
 from visq.cli.operator import Data, operator_database, operator_settings
-from visq.errors import VisqError
+from visq.errors import Unavailable, VisqError
 
 if TYPE_CHECKING:
-    from models.database import Database
     from models.dead_letters import DeadLetter
 
 app = typer.Typer(
@@ -127,13 +127,7 @@ def retry(
     job_ids: JobIds = None, every: Every = False, as_json: AsJson = False, data: Data = None
 ) -> None:
     """Queue dead letters again, with all their attempts; an API or a worker publishes them."""
-    if bool(job_ids) == every:
-        raise typer.BadParameter("name the ids of jobs, or --all")
-    with operator_database(operator_settings(data)) as database:
-        from models import dead_letters
-
-        chosen = database.read(dead_letters.ids) if every else job_ids or []
-        _each(database, chosen, dead_letters.retry, "queued again", as_json)
+    _each("retry", "queued again", job_ids or [], every, as_json, data)
 
 
 @app.command()
@@ -141,44 +135,45 @@ def drop(
     job_ids: JobIds = None, every: Every = False, as_json: AsJson = False, data: Data = None
 ) -> None:
     """Let go of dead letters: their jobs stay failed, and are listed here no more."""
-    if bool(job_ids) == every:
-        raise typer.BadParameter("name the ids of jobs, or --all")
-    with operator_database(operator_settings(data)) as database:
-        from models import dead_letters
-
-        chosen = database.read(dead_letters.ids) if every else job_ids or []
-        _each(database, chosen, dead_letters.drop, "dropped", as_json)
+    _each("drop", "dropped", job_ids or [], every, as_json, data)
 
 
 def _each(
-    database: Database,
-    job_ids: Sequence[str],
-    action: Callable[..., object],
+    action: Literal["retry", "drop"],
     done: str,
+    named: Sequence[str],
+    every: bool,
     as_json: bool,
+    data: Path | None,
 ) -> None:
     """Do it to each job; what fails for one of them is said, and does not keep the others from it.
 
     :raises typer.Exit: with status 1, if it failed for one of them.
     """
+    if bool(named) == every:
+        raise typer.BadParameter("name the ids of jobs, or --all")
     failed = False
-    for job_id in dict.fromkeys(job_ids):
-        try:
-            database.run(action, job_id)
-        except VisqError as error:
-            if error.code == "unavailable":
+    with operator_database(operator_settings(data)) as database:
+        from models import dead_letters
+
+        job_ids = database.read(dead_letters.ids) if every else list(dict.fromkeys(named))
+        for job_id in job_ids:
+            try:
+                database.run(getattr(dead_letters, action), job_id)
+            except Unavailable:
                 raise
-            failed = True
-            if as_json:
-                said = {"code": error.code, "message": error.message}
-                typer.echo(json.dumps({"id": job_id, "ok": False, "error": said}))
+            except VisqError as error:
+                failed = True
+                if as_json:
+                    said = {"code": error.code, "message": error.message}
+                    typer.echo(json.dumps({"id": job_id, "ok": False, "error": said}))
+                else:
+                    show_error(error)
             else:
-                show_error(error)
-        else:
-            if as_json:
-                typer.echo(json.dumps({"id": job_id, "ok": True, "error": None}))
-            else:
-                console.print(f"{job_id} {done}", soft_wrap=True)
+                if as_json:
+                    typer.echo(json.dumps({"id": job_id, "ok": True, "error": None}))
+                else:
+                    console.print(f"{job_id} {done}", soft_wrap=True)
     if failed:
         raise typer.Exit(Exit.FAILED)
     if not job_ids and not as_json:

@@ -8,12 +8,11 @@ from typing import Literal
 import httpx2
 import redis
 
+from visq.cli.operator import SOCKET_SECONDS, redis_client
 from visq.embedded.connection import ConnectionInfo
-from visq.errors import ConfigurationError, Unavailable
+from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.streams import failed_workers, live_workers
-
-TIMEOUT_SECONDS = 5
 
 
 def check(part: Literal["api", "worker"], settings: Settings) -> str:
@@ -27,7 +26,7 @@ def check(part: Literal["api", "worker"], settings: Settings) -> str:
 def _api(settings: Settings) -> str:
     url = f"{_url(settings)}/readyz"
     try:
-        answer = httpx2.get(url, timeout=TIMEOUT_SECONDS, trust_env=False)
+        answer = httpx2.get(url, timeout=SOCKET_SECONDS, trust_env=False)
     except httpx2.HTTPError as error:
         raise Unavailable(f"the API does not answer at {url}: {error}") from error
     if answer.status_code != 200:
@@ -47,12 +46,7 @@ def _url(settings: Settings) -> str:
 def _worker(settings: Settings) -> str:
     """Ask Redis: a worker announces itself there under the name of its host."""
     host = socket.gethostname()
-    try:
-        client = redis.Redis.from_url(
-            settings.redis, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"VISQ_REDIS_URL: {error}") from error
+    client = redis_client(settings.redis, "VISQ_REDIS_URL")
     try:
         found = [each for each in live_workers(client) if each.id.startswith(f"{host}:")]
         failed = [each for each in failed_workers(client) if each.host == host]

@@ -1,11 +1,11 @@
-"""What the operators' commands (``doctor``, ``dead``) share: which servers they look at."""
+"""What the operators' commands (``doctor``, ``dead``) share: which servers they ask, and how."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from pydantic import SecretStr
@@ -16,7 +16,11 @@ from visq.errors import ConfigurationError
 from visq.settings import Settings
 
 if TYPE_CHECKING:
+    import redis
+
     from models.database import Database
+
+SOCKET_SECONDS: Final = 5.0
 
 Data = Annotated[
     Path | None,
@@ -63,6 +67,22 @@ def operator_database(settings: Settings) -> Iterator[Database]:
         yield database
     finally:
         database.close()
+
+
+def redis_client(url: str, variable: str) -> redis.Redis:
+    """A client that waits no longer than `SOCKET_SECONDS`.
+
+    :param variable: the name of the setting, for the error.
+    :raises ConfigurationError: it is no URL of a Redis.
+    """
+    import redis
+
+    try:
+        return redis.Redis.from_url(
+            url, socket_timeout=SOCKET_SECONDS, socket_connect_timeout=SOCKET_SECONDS
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"{variable}: {error}") from error
 
 
 WHICH_DATABASE = "name the folder of a `visq up` with --data, or set VISQ_DATABASE_URL"

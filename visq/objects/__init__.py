@@ -22,6 +22,7 @@ __all__ = [
     "check_access",
     "open_store",
     "parse_uri",
+    "store_folder",
 ]
 
 
@@ -30,13 +31,24 @@ def open_store(settings: Settings) -> ObjectStore:
 
     :raises ConfigurationError: if it is neither ``s3`` nor ``file:///folder``.
     """
-    if settings.objects == "s3":
+    folder = store_folder(settings)
+    if folder is None:
         from visq.objects.s3 import S3Store  # boto3 is not part of the light client
 
         return S3Store(settings)
+    from visq.objects.folder import FolderStore
+
+    return FolderStore(folder)
+
+
+def store_folder(settings: Settings) -> Path | None:
+    """The folder that ``VISQ_OBJECT_STORE`` names; ``None``: it is S3.
+
+    :raises ConfigurationError: if it is neither ``s3`` nor ``file:///folder``.
+    """
+    if settings.objects == "s3":
+        return None
     url = urlsplit(settings.objects)
     if url.scheme != "file" or url.netloc or not url.path.startswith("/"):
         raise ConfigurationError("VISQ_OBJECT_STORE must be `s3` or `file:///an/absolute/folder`")
-    from visq.objects.folder import FolderStore
-
-    return FolderStore(Path(unquote(url.path)))
+    return Path(unquote(url.path))

@@ -123,16 +123,17 @@ class GenerateEngine:
         except VisqError as error:
             return Failed(error)
         except Exception as error:
-            if not is_out_of_memory(error):
-                if isinstance(error, torch.AcceleratorError):
-                    # CUDA is unusable from here on: only a new process helps.
-                    logger.exception("request %s: CUDA failed; the engine ends", task.request.id)
-                    self.ended.set()
-                    self._fail_waiting()
-                    return Failed(EngineCrashed("CUDA failed while this request was in the engine"))
+            if is_out_of_memory(error):
+                logger.exception("request %s: out of memory", task.request.id)
+            elif isinstance(error, torch.AcceleratorError):
+                # CUDA is unusable from here on: only a new process helps.
+                logger.exception("request %s: CUDA failed; the engine ends", task.request.id)
+                self.ended.set()
+                self._fail_waiting()
+                return Failed(EngineCrashed("CUDA failed while this request was in the engine"))
+            else:
                 logger.exception("request %s failed", task.request.id)
                 return Failed(EngineError("the engine failed on this request; its log says more"))
-            logger.exception("request %s: out of memory", task.request.id)
         give_back()
         return Failed(out_of_memory())
 

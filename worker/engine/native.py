@@ -306,18 +306,19 @@ class NativeEngine:
         try:
             launched = self._compute(step)
         except Exception as error:
-            if not is_out_of_memory(error):
-                if isinstance(error, torch.AcceleratorError):
-                    # CUDA is unusable from here on: only a new process helps.
-                    self.ended.set()
-                    raise
+            if is_out_of_memory(error):
+                logger.exception(
+                    "no memory for a step of %d tokens; the next ones are smaller", step.tokens
+                )
+            elif isinstance(error, torch.AcceleratorError):
+                # CUDA is unusable from here on: only a new process helps.
+                self.ended.set()
+                raise
+            else:
                 logger.exception("a step of %d sequences has failed", len(step.chunks))
                 if not self._scheduler.suspect(step):
                     self._fail(step, error if isinstance(error, VisqError) else _failure(error))
                 return None
-            logger.exception(
-                "no memory for a step of %d tokens; the next ones are smaller", step.tokens
-            )
         else:
             if launched is not None:
                 self._scheduler.launched(step)
