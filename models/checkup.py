@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, aliased
 from models import dead_letters, revision
 from models.connections import checked_url
 from models.database import Database, db_now
-from models.moves import PENDING
+from models.moves import PENDING, UNFINISHED
 from models.tables import Job, JobEvent, Outbox, has_status
 from visq.errors import ConfigurationError, Unavailable
 from visq.types import JobStatus
@@ -30,8 +30,6 @@ EXAMPLES: Final = 3
 
 OLDEST_QUEUED: Final = 200
 """Queued jobs that are looked at: the oldest ones, as those are what is stuck."""
-
-UNFINISHED: Final = (*PENDING, JobStatus.RUNNING)
 
 
 @dataclass(frozen=True)

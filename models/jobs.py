@@ -1,4 +1,4 @@
-"""The life of a job: every transition of ``jobs.status``, each one guarded UPDATE.
+"""The life of a job: the transitions of ``jobs.status``, each one guarded UPDATE.
 
 ::
 
@@ -12,7 +12,8 @@
 A run holds a `Claim`: the job and the attempt. Every write of the run says ``WHERE id AND attempt
 AND status = 'running'``; if no row matches, the run has lost its job, and must stop and publish
 nothing. Transitions return what the caller must publish after the commit (`Transition`); the
-maintenance loop publishes what a crash left behind.
+maintenance loop publishes what a crash left behind. What becomes of a job whose lease has run out
+is in `models.leases`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from models.moves import (
     QUEUED,
     REQUEUE,
     REQUEUE_AFTER_CRASH,
+    UNFINISHED,
     Move,
     after_end,
     locked,
@@ -360,13 +362,13 @@ def delete_session(session: Session, session_id: str) -> list[Transition]:
     sessions.forget(session, current)
     unfinished = session.scalars(
         select(Job.id)
-        .where(Job.session_id == session_id, Job.status.in_([*PENDING, JobStatus.RUNNING]))
+        .where(Job.session_id == session_id, Job.status.in_(UNFINISHED))
         .order_by(Job.turn.desc())  # the last first, so that none is released on the way
     ).all()
     return [cancel(session, job_id) for job_id in unfinished]
 
 
-# --- from the maintenance loop: deadlines and dead workers -----------------------------------
+# --- from the maintenance loop: deadlines -----------------------------------------------------
 
 
 def past_deadline(session: Session, limit: int) -> list[str]:
@@ -391,51 +393,6 @@ def expire(session: Session, job_id: str) -> Transition | None:
         return None
     expired = move(session, _EXPIRE, job_id, job.status, JobStatus.EXPIRED, reason="deadline")
     return None if expired is None else after_end(session, expired)
-
-
-def without_lease(session: Session, limit: int) -> list[str]:
-    """Ids of running jobs whose lease has run out."""
-    return list(
-        session.scalars(
-            select(Job.id)
-            .where(Job.status == JobStatus.RUNNING, Job.lease_expires_at <= db_now())
-            .order_by(Job.lease_expires_at)
-            .limit(limit)
-        )
-    )
-
-
-_LEASE_RAN_OUT: Final = Job.lease_expires_at <= db_now()
-_END_DEAD: Final = END.where(_LEASE_RAN_OUT)
-_GIVE_UP_DEAD: Final = GIVE_UP.where(_LEASE_RAN_OUT)
-_REQUEUE_DEAD: Final = REQUEUE_AFTER_CRASH.where(_LEASE_RAN_OUT)
-
-
-def rescue(session: Session, job_id: str, *, backoff_seconds: float = 1.0) -> Transition | None:
-    """Take a job from a worker whose lease has run out; ``None`` if it is not such a job."""
-    job = locked(session, get(session, job_id))
-    reason = f"the lease of {job.worker} ran out"
-    if job.status is not JobStatus.RUNNING:
-        return None
-    error: dict[str, str | None] = {}
-    if job.cancel_requested_at is not None:
-        how, to = _END_DEAD, JobStatus.CANCELLED
-    elif job.expires_at is not None and session.scalar(select(db_now() >= job.expires_at)):
-        how, to = _END_DEAD, JobStatus.EXPIRED
-    else:
-        requeued = requeue(
-            session, _REQUEUE_DEAD, job_id, reason=reason, backoff_seconds=backoff_seconds
-        )
-        if requeued is not None:
-            return requeued
-        how, to = _GIVE_UP_DEAD, JobStatus.FAILED
-        error = {
-            "code": "attempts_exhausted",
-            "message": f"{reason}; all {job.max_attempts} attempts are used up",
-            "param": None,
-        }
-    moved = move(session, how, job_id, JobStatus.RUNNING, to, reason=reason, **error)
-    return None if moved is None else after_end(session, moved)
 
 
 def _seconds_left(deadline: datetime | None, now: datetime) -> float | None:

@@ -33,6 +33,7 @@ since nobody knows which of them was to blame. From then on the job runs alone, 
 own failure."""
 
 PENDING = (JobStatus.WAITING, JobStatus.QUEUED)
+UNFINISHED: Final = (*PENDING, JobStatus.RUNNING)
 
 _COLUMNS: Final = {
     attribute.key: getattr(Job, attribute.key) for attribute in inspect(Job).column_attrs
@@ -229,7 +230,7 @@ _FIRST_UNFINISHED: Final = (
     select(Job.id, Job.status)
     .where(
         Job.session_id == bindparam("session_id"),
-        Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
+        Job.status.in_(UNFINISHED),
     )
     .order_by(Job.turn)
     .limit(1)

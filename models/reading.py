@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from models.database import db_now
+from models.moves import UNFINISHED
 from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Tenant
 from visq.ids import new_id
 from visq.types import JobStatus, Lane, WaitingFor
@@ -120,7 +121,7 @@ def waiting_for(session: Session, job: Job, *, workers_alive: bool) -> WaitingFo
             .where(
                 Job.session_id == job.session_id,
                 Job.turn < job.turn,
-                Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
+                Job.status.in_(UNFINISHED),
             )
             .order_by(Job.turn)
             .limit(1)

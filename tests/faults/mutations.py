@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Integer, bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
-from models import groups, jobs, moves, outbox
+from models import groups, jobs, leases, moves, outbox
 from models.outcomes import Claim
 from models.tables import Job, Outbox
 from visq.types import JobStatus
@@ -46,14 +46,14 @@ def without_lease_check() -> None:
         found = select(Job.id).where(Job.status == JobStatus.RUNNING).limit(limit)
         return list(session.scalars(found))
 
-    jobs.without_lease = running
+    leases.without_lease = running
     changed: dict[str, Any] = {
         "_END_DEAD": moves.END,
         "_GIVE_UP_DEAD": moves.GIVE_UP,
         "_REQUEUE_DEAD": moves.REQUEUE_AFTER_CRASH,
     }
     for name, move in changed.items():
-        setattr(jobs, name, move)
+        setattr(leases, name, move)
 
 
 def by_own_clock() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from models import batches, dispatch, jobs, outbox
+from models import batches, dispatch, jobs, leases, outbox
 from models.dispatch import DueJob
 from models.outbox import OutboxEntry
 from models.outcomes import Transition
@@ -58,7 +58,7 @@ class LoopRules(WorkerRules, ClientRules):
         """Jobs whose lease ran out."""
         state = self.calls.state
         due = {row.id for row in self.rows if _leaseless(row, state)}
-        for job_id in self.found(jobs.without_lease, limit, due):
+        for job_id in self.found(leases.without_lease, limit, due):
             self.take_from_the_dead(job_id, backoff, fate)
 
     @step(6, pick=PICKS, backoff=BACKOFFS, elsewhere=st.booleans(), fate=FATES)
@@ -103,7 +103,7 @@ class LoopRules(WorkerRules, ClientRules):
             check_counts(self.name(job_id), row, after, failed=failed, crashed=crashed)
             assert (after.dead_at is not None) == (after.status is S.FAILED), after.dead_at
 
-        self.transition(jobs.rescue, job_id, fate, expected, counted, backoff_seconds=backoff)
+        self.transition(leases.rescue, job_id, fate, expected, counted, backoff_seconds=backoff)
 
     def transition(
         self,

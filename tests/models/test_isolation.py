@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from models import dispatch, groups, jobs, moves
+from models import dispatch, groups, jobs, leases, moves
 from models.outcomes import QueuedJob, Transition, Work
 from tests.models.conftest import CRASHED, World, answered
 from visq.types import JobStatus as S
@@ -28,7 +28,7 @@ def die(world: World, job_id: str, how: str, *, alone: bool) -> Transition:
     if how == "engine":
         transition = world.finish(work, CRASHED)
     else:
-        transition = world.database.run(jobs.rescue, job_id, backoff_seconds=0.0)
+        transition = world.database.run(leases.rescue, job_id, backoff_seconds=0.0)
     assert transition is not None
     return transition
 

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from models import dispatch, jobs, moves, outbox
+from models import dispatch, jobs, leases, moves, outbox
 from models.outcomes import Cancelled, Expired, Failed, HandedBack
 from models.tables import Job
 from tests.models.conftest import PERMANENT, TRANSIENT, World, answered
@@ -61,7 +61,7 @@ def test_a_repeated_message_for_an_ended_job_finds_nothing_to_claim(world: World
 def test_an_older_attempt_writes_nothing_once_a_newer_one_runs(world: World) -> None:
     job = world.submit()
     old = world.claimed(job.id, lease_seconds=-1)
-    world.database.run(jobs.rescue, job.id, backoff_seconds=0.0)
+    world.database.run(leases.rescue, job.id, backoff_seconds=0.0)
     new = world.claimed(job.id)
 
     assert world.finish(old, answered(old, "late")) is None
@@ -149,16 +149,16 @@ def test_a_renewed_lease_is_not_rescued_and_a_run_out_one_is(world: World) -> No
     [renewed] = world.database.run(jobs.renew, [claim], lease_seconds=NEVER)
 
     assert renewed.claim == claim
-    assert world.database.read(jobs.without_lease, 10) == [dead]
-    assert world.database.run(jobs.rescue, held) is None
-    assert world.database.run(jobs.rescue, dead, backoff_seconds=0.0) is not None
+    assert world.database.read(leases.without_lease, 10) == [dead]
+    assert world.database.run(leases.rescue, held) is None
+    assert world.database.run(leases.rescue, dead, backoff_seconds=0.0) is not None
     assert world.statuses() == [S.RUNNING, S.QUEUED]
 
 
 def test_a_lost_claim_is_not_renewed(world: World) -> None:
     job = world.submit()
     old = world.claimed(job.id, lease_seconds=-1)
-    world.database.run(jobs.rescue, job.id, backoff_seconds=0.0)
+    world.database.run(leases.rescue, job.id, backoff_seconds=0.0)
     world.claimed(job.id)
     assert world.database.run(jobs.renew, [old.claim], lease_seconds=NEVER) == []
 
@@ -207,7 +207,7 @@ def test_cancelling_an_ended_job_changes_nothing(world: World) -> None:
 def test_a_cancelled_job_of_a_dead_worker_is_not_run_again(world: World) -> None:
     work = world.claimed(world.submit().id, lease_seconds=-1)
     world.database.run(jobs.cancel, work.claim.job_id)
-    rescued = world.database.run(jobs.rescue, work.claim.job_id)
+    rescued = world.database.run(leases.rescue, work.claim.job_id)
     assert rescued is not None
     assert rescued.job.status is S.CANCELLED
 

@@ -20,7 +20,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from migrations import run as migrations
-from models import jobs, reading
+from models import jobs, leases, reading
 from models.database import Database
 from models.tables import Job, JobEvent
 from tests.models.conftest import PERMANENT, World
@@ -63,10 +63,10 @@ def test_a_run_that_lost_its_job_does_not_renew_the_lease_of_the_run_that_has_it
 ) -> None:
     job = world.submit()
     old = world.claimed(job.id, lease_seconds=-1)
-    world.database.run(jobs.rescue, job.id, backoff_seconds=0.0)
+    world.database.run(leases.rescue, job.id, backoff_seconds=0.0)
     world.claimed(job.id, lease_seconds=-1)  # this worker dies, too
     world.database.run(jobs.renew, [old.claim], lease_seconds=3600.0)
-    assert world.database.read(jobs.without_lease, 10) == [job.id]
+    assert world.database.read(leases.without_lease, 10) == [job.id]
 
 
 def test_each_retry_gives_a_job_the_time_that_it_was_given_at_first(world: World) -> None:

@@ -121,7 +121,7 @@ class Maintenance:
         Not from those that it was away from: a lease says nothing until it could be renewed.
         """
         with self._outage_noted():
-            ids = self._database.read(jobs.without_lease, CHUNK)
+            ids = self._database.read(leases.without_lease, CHUNK)
             seconds_up = self._database.read(leases.seconds_up) if ids else 0.0
         patience = HEARTBEATS_FIRST * self._settings.heartbeat_seconds
         if self._database_away:
@@ -132,7 +132,7 @@ class Maintenance:
 
         def rescue(session: Session, job_id: str) -> Transition | None:
             backoff = self._settings.retry_backoff_seconds
-            transition = jobs.rescue(session, job_id, backoff_seconds=backoff)
+            transition = leases.rescue(session, job_id, backoff_seconds=backoff)
             if transition is not None:
                 log.warning("lease ran out", job=job_id, status=transition.job.status)
             return transition

@@ -10,7 +10,7 @@ from threading import Event
 import pytest
 
 from migrations import run as migrations
-from models import jobs, reading
+from models import leases, reading
 from models.database import Database
 from tests.models.conftest import World
 from tests.servers import PostgreSQL
@@ -59,7 +59,7 @@ def process(
 
 
 def out_of_lease(world: World) -> list[str]:
-    return world.database.read(jobs.without_lease, 10)
+    return world.database.read(leases.without_lease, 10)
 
 
 @pytest.mark.timeout(120)
