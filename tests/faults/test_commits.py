@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select, text
@@ -24,15 +24,10 @@ from tests.faults.proxy import Proxy, url_through
 from tests.faults.test_restarts import Results
 from tests.servers import PostgreSQL
 from tests.waiting import until
-from tests.worker.test_executor import PlayedEngine, SlowMedia, World
+from tests.worker.playing import World, played_worker
 from visq.errors import Unavailable
 from visq.settings import Settings
-from visq.streams import WorkerInfo
 from visq.types import JobStatus as S
-from worker.executor import Executor
-from worker.media import Media
-from worker.queue import Courier, Maintenance
-from worker.runs import Runs
 
 Drop = Callable[[bytes], None]
 """Drop the answer to the next commit of a transaction with these bytes in it."""
@@ -64,7 +59,6 @@ class Worker(World):
     """A worker behind the proxy; `seen` is the database itself."""
 
     seen: Database
-    maintenance: Maintenance
 
     def count(self, what: Any) -> int:
         return self.seen.read(
@@ -103,29 +97,9 @@ def worker(postgres_url: str, proxy: Proxy, redis_url: str, tmp_path: Path) -> I
         redis_url=redis_url,
         heartbeat_seconds=0.001,  # nothing is rescued for two of them after an outage
     )
-    database, seen = Database(url), Database(postgres_url)
-    courier = Courier(settings, database)
-    maintenance = Maintenance(settings, database, courier)
-    info = WorkerInfo(
-        id="w1", model="small", engine="played", device="cpu", dtype="-", concurrency=1, in_flight=0
-    )
-    runs = Runs(settings, database, courier.redis, lambda in_flight: info)
-    engine = PlayedEngine()
-    executor = Executor(
-        settings,
-        worker_id="w1",
-        database=database,
-        engine=engine,
-        media=cast("Media", SlowMedia()),
-        runs=runs,
-        courier=courier,
-        maintenance=maintenance,
-    )
-    tenant = database.run(reading.ensure_tenants, ["acme"])["acme"]
-    yield Worker(database, engine, runs, executor, courier, tenant, seen, maintenance)
-    executor.close()
-    courier.close()
-    database.close()
+    seen = Database(postgres_url)
+    with played_worker(settings) as world:
+        yield Worker(**vars(world), seen=seen)
     seen.close()
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.outcomes import Claim, Work
 from tests.faults.store import (
     Fault,
     LyingStore,
@@ -29,11 +28,11 @@ from tests.faults.store import (
 )
 from tests.servers import S3Endpoint
 from tests.waiting import until
+from tests.worker.playing import claimed_work
 from visq.errors import ImageFetchFailed, ImageNotFound, ImageUndecodable
 from visq.objects import ObjectRef, ObjectStore, open_store
 from visq.pixels import NAME_PREFIX
 from visq.settings import Settings
-from visq.types import Lane, Prompt
 from worker.media import LoadedImage, Media
 from worker.pictures import pictures_of
 
@@ -267,20 +266,6 @@ def test_pictures_of_other_buckets_come_while_one_bucket_hangs_however_many_wait
         assert time.monotonic() - began < 3 * TOTAL
 
 
-def work(*urls: str) -> Work:
-    return Work(
-        claim=Claim("job_1", 1, None),
-        tenant_id="ten_1",
-        tenant="ann",
-        lane=Lane.INTERACTIVE,
-        batch_id=None,
-        prompt=Prompt(prompt="what is this?", images=list(urls)),
-        accept_changed_images=False,
-        history=[],
-        expires_in=None,
-    )
-
-
 def test_a_job_of_several_pictures_goes_on_though_all_threads_for_them_hang(
     well: LyingStore, media: Media, bucket: Bucket, s3: S3Endpoint
 ) -> None:
@@ -291,7 +276,7 @@ def test_a_job_of_several_pictures_goes_on_though_all_threads_for_them_hang(
     with ThreadPoolExecutor(2) as pool:
         hanging = [pool.submit(media.load, bucket.url(f"{n}.png"), "ann") for n in range(4)]
         until(lambda: sum(well.inside.values()) == 2, 5, "all threads to hang")
-        shown = work(*(other.url(f"{number}.png") for number in range(3)))
+        shown = claimed_work(*(other.url(f"{number}.png") for number in range(3)))
         with pictures_of(shown, media, pool, lambda: False) as pictures:
             assert pictures is not None
             assert len(pictures.images) == 3
@@ -306,7 +291,7 @@ def test_a_job_waits_once_for_a_store_that_hangs_not_once_for_each_picture(
     well.lie(Silence(), f"{bucket.name}/")
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        shown = work(*(bucket.url(f"{number}.png") for number in range(6)))
+        shown = claimed_work(*(bucket.url(f"{number}.png") for number in range(6)))
         with pytest.raises(ImageFetchFailed), pictures_of(shown, media, pool, lambda: False):
             pass
     assert time.monotonic() - began < 2 * TOTAL

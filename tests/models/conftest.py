@@ -24,6 +24,7 @@ class World:
 
     database: Database
     tenant_id: str
+    max_attempts: int = 3
 
     def submit(self, *, key: str | None = None, **fields: Any) -> Job:
         if "messages" not in fields:
@@ -33,7 +34,7 @@ class World:
             submit.submit_job,
             self.tenant_id,
             request,
-            max_attempts=3,
+            max_attempts=self.max_attempts,
             idempotency_key=key,
             fingerprint=submit.body_fingerprint(request),
         ).job

@@ -6,106 +6,28 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from migrations import run as migrations
-from models import jobs, reading, submit
-from models.database import Database
+from models import jobs
 from models.outcomes import Claim, Outcome, Succeeded, Transition
-from models.tables import Job
 from models.views import job_view
 from tests.waiting import until
-from visq.pixels import PixelBuffer
+from tests.worker.playing import World, played_worker
 from visq.settings import Settings
-from visq.streams import StreamEvent, WorkerInfo, events_key
-from visq.types import JobRequest, JobStatus, TextPart
+from visq.streams import events_key
+from visq.types import JobStatus, TextPart
 from worker.engine.face import (
     Choice,
-    EngineInfo,
-    EngineRequest,
-    Event,
     Finished,
     Handle,
     KnownImage,
-    TokenEvent,
 )
-from worker.executor import Executor
-from worker.media import LoadedImage, Media
-from worker.queue import Courier, Maintenance
-from worker.runs import Runs
-
-
-@dataclass
-class PlayedEngine:
-    text: str = "a cat"
-    outcome: Finished | None = None
-    """In place of `text`, said whole."""
-    alive: bool = True
-    requests: list[EngineRequest] = field(default_factory=list)
-    info: EngineInfo = field(
-        default_factory=lambda: EngineInfo(
-            "small", "played", "cpu", "float32", 0.0, 1000, tokenizer="words-1"
-        )
-    )
-
-    def submit(self, request: EngineRequest, sink: Callable[[Event], None] | None = None) -> Handle:
-        self.requests.append(request)
-        handle = Handle(lambda: None, sink)
-        outcome = self.outcome or Finished((Choice(self.text, "stop", [1]),), 3)
-        for index, choice in enumerate(outcome.choices):
-            handle.publish(TokenEvent(choice.text, choice.token_ids, index))
-        handle.publish(outcome)
-        return handle
-
-    def with_tokenizer(self, tokenizer: str) -> None:
-        self.info = replace(self.info, tokenizer=tokenizer)
-
-    def close(self) -> None:
-        self.alive = False
-
-
-class SlowMedia:
-    """Takes a while for an image that it then has."""
-
-    def load(self, url: str, tenant: str) -> LoadedImage:
-        time.sleep(0.3)
-        return LoadedImage(PixelBuffer("/visq-none", 60, 90, "0" * 64), '"1"')
-
-    def load_if_changed(self, url: str, tenant: str, etag: str) -> LoadedImage | None:
-        return None if etag == '"1"' else self.load(url, tenant)
-
-
-@dataclass
-class World:
-    database: Database
-    engine: PlayedEngine
-    runs: Runs
-    executor: Executor
-    courier: Courier
-    tenant_id: str
-
-    def submit(self, **fields: Any) -> str:
-        request = JobRequest.model_validate({"prompt": "what is this?"} | fields)
-        submitted = self.database.run(submit.submit_job, self.tenant_id, request, max_attempts=3)
-        return submitted.job.id
-
-    def run(self, **fields: Any) -> Job:
-        """A job that has been run."""
-        job_id = self.submit(**fields)
-        self.executor.run(job_id)
-        return self.job(job_id)
-
-    def job(self, job_id: str) -> Job:
-        return self.database.read(jobs.get, job_id)
-
-    def streamed(self, job_id: str) -> list[StreamEvent]:
-        entries: Any = self.courier.redis.xrange(events_key(job_id))
-        return [StreamEvent.from_fields(fields) for _, fields in entries]
 
 
 @pytest.fixture
@@ -114,28 +36,8 @@ def world(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[World]:
     settings = Settings(
         data=tmp_path, database_url=database_url, broker_url=redis_url, redis_url=redis_url
     )
-    database = Database(database_url)
-    courier = Courier(settings, database)
-    info = WorkerInfo(
-        id="w1", model="small", engine="played", device="cpu", dtype="-", concurrency=1, in_flight=0
-    )
-    runs = Runs(settings, database, courier.redis, lambda in_flight: info)
-    engine = PlayedEngine()
-    executor = Executor(
-        settings,
-        worker_id="w1",
-        database=database,
-        engine=engine,
-        media=cast("Media", SlowMedia()),
-        runs=runs,
-        courier=courier,
-        maintenance=Maintenance(settings, database, courier),
-    )
-    tenants = database.run(reading.ensure_tenants, ["acme"])
-    yield World(database, engine, runs, executor, courier, tenants["acme"])
-    executor.close()
-    courier.close()
-    database.close()
+    with played_worker(settings) as world:
+        yield world
 
 
 def test_an_answer_with_a_character_that_no_database_takes_is_kept_without_it(

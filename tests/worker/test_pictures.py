@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from models.outcomes import Claim, Remembered, ShownPicture, Work
+from models.outcomes import Remembered, ShownPicture, Work
+from tests.worker.playing import claimed_work
 from visq.errors import ImageChanged, ImageForbidden, ImageNotFound, Unavailable
 from visq.objects import FetchedObject, NotModified, ObjectRef
 from visq.objects.folder import FolderStore
 from visq.pixels import NAME_PREFIX, PixelBuffer
 from visq.settings import Settings
-from visq.types import ImagePart, Lane, Prompt
+from visq.types import ImagePart
 from worker.engine.face import KnownImage
 from worker.media import Media
 from worker.pictures import Pictures, pictures_of
@@ -74,12 +75,12 @@ class World:
 
     def shown(self, *urls: str) -> Work:
         """The second turn of a session whose first one showed `urls`; nothing is counted yet."""
-        with pictures_of(turn(*urls), self.media, self.pool, lambda: False) as pictures:
+        with pictures_of(claimed_work(*urls), self.media, self.pool, lambda: False) as pictures:
             assert pictures is not None
         [message] = pictures.turn
         known = [pictures.shown.get(url) for url in urls]
         self.store.read.clear()
-        return turn(history=[Remembered(message, pictures=known)])
+        return claimed_work(history=[Remembered(message, pictures=known)])
 
     def close(self) -> None:
         self.stack.close()
@@ -117,20 +118,6 @@ def buffers() -> list[str]:
 OURS = f"{NAME_PREFIX}{os.getpid()}-"
 
 
-def turn(*urls: str, history: list[Remembered] | None = None, accept: bool = False) -> Work:
-    return Work(
-        claim=Claim("job_1", 1, "ses_1"),
-        tenant_id="ten_1",
-        tenant="acme",
-        lane=Lane.INTERACTIVE,
-        batch_id=None,
-        prompt=Prompt(prompt="what is this?", images=list(urls)),
-        accept_changed_images=accept,
-        history=history or [],
-        expires_in=None,
-    )
-
-
 def only(pictures: Pictures) -> KnownImage:
     [image] = pictures.images
     assert isinstance(image, KnownImage)
@@ -138,7 +125,7 @@ def only(pictures: Pictures) -> KnownImage:
 
 
 def test_a_new_picture_is_loaded_and_what_the_next_turn_needs_is_kept(world: World) -> None:
-    pictures = world.open(turn(URL, URL, OTHER))
+    pictures = world.open(claimed_work(URL, URL, OTHER))
     assert world.store.read.count(URL) == 1
     assert all(isinstance(image, PixelBuffer) for image in pictures.images)
     assert len(pictures.images) == 3
@@ -233,7 +220,7 @@ def test_whoever_accepts_changed_pictures_gets_their_new_content(world: World) -
 
 
 def test_a_picture_that_the_turn_shows_again_is_loaded(world: World) -> None:
-    work = turn(URL, history=world.shown(URL).history)
+    work = claimed_work(URL, history=world.shown(URL).history)
     pictures = world.open(work)
     assert [type(image) for image in pictures.images] == [PixelBuffer, PixelBuffer]
     assert world.store.read == [URL]
@@ -247,7 +234,7 @@ def test_a_picture_of_which_not_all_is_known_is_loaded(world: World) -> None:
     other = replace(before, pictures=[ShownPicture(60, 90, '"another time"')])
     for history in ([unknown], [older], [before, unknown], [before, other]):
         world.store.read.clear()
-        images = world.open(turn(history=history)).images
+        images = world.open(claimed_work(history=history)).images
         assert all(isinstance(image, PixelBuffer) for image in images)
         assert world.store.read == [URL]
 

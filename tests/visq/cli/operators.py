@@ -12,17 +12,15 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from models import jobs, submit
-from models.database import Database
 from models.outcomes import Failed
 from models.tables import Job
+from tests.models.conftest import World
 from visq.cli import main
 from visq.cli.doctor import examine
 from visq.cli.findings import Finding
 from visq.errors import ImageFetchFailed, VisqError
 from visq.settings import Settings
 from visq.streams import WorkerInfo, announce_worker
-from visq.types import JobRequest
 
 
 @dataclass(frozen=True)
@@ -54,39 +52,23 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 @dataclass
-class Jobs:
-    """Jobs of tenant ``acme``, in whatever state."""
+class Jobs(World):
+    """Jobs of one tenant, in whatever state."""
 
-    database: Database
-    tenant_id: str
-
-    def submit(self, **fields: Any) -> Job:
-        request = JobRequest.model_validate({"prompt": "what is this?"} | fields)
-        return self.database.run(
-            submit.submit_job,
-            self.tenant_id,
-            request,
-            max_attempts=2,
-            idempotency_key=None,
-            fingerprint=submit.body_fingerprint(request),
-        ).job
+    max_attempts: int = 2
 
     def run_once(self, job_id: str, error: VisqError | None) -> None:
         """Claim it; fail with `error`, if there is one."""
-        work = self.database.run(jobs.claim, job_id, worker="worker-1", lease_seconds=300)
-        assert work is not None
+        work = self.claimed(job_id, 300)
         if error is not None:
-            self.database.run(jobs.finish, work.claim, Failed(error, backoff_seconds=0.0))
+            self.finish(work, Failed(error, backoff_seconds=0.0))
 
     def dead(self, message: str = "the store is slow", **fields: Any) -> Job:
         """A dead letter."""
         job = self.submit(**fields)
         for _ in range(2):
             self.run_once(job.id, ImageFetchFailed(message))
-        return self.get(job.id)
-
-    def get(self, job_id: str) -> Job:
-        return self.database.read(jobs.get, job_id)
+        return self.job(job.id)
 
     def sql(self, statement: str, **parameters: Any) -> None:
         """For states that visq itself does not make, and for time that passes: ``AGO`` is five

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from migrations import run as migrations
 from models import dead_letters, reading
-from models.database import Database
-from tests.visq.cli.operators import Jobs, Run, runner
+from tests.visq.cli.operators import Jobs, Run
 from visq.cli import dead as command
 from visq.errors import EngineError
 from visq.types import JobStatus as S
 
 
-@pytest.fixture
-def jobs(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    migrations.upgrade(database_url)
-    database = Database(database_url)
+@pytest.fixture(autouse=True)
+def by_settings(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands find the database by their settings."""
     monkeypatch.setenv("VISQ_DATABASE_URL", database_url)
     monkeypatch.setenv("VISQ_DATA", str(tmp_path / "no-stack"))
-    tenants = database.run(reading.ensure_tenants, ["acme"])
-    yield Jobs(database, tenants["acme"])
-    database.close()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 def test_dead_letters_of_all_tenants_are_listed_oldest_first(jobs: Jobs, run: Run) -> None:
@@ -89,10 +78,10 @@ def test_a_retried_dead_letter_is_due_for_publishing_with_all_its_attempts(
 ) -> None:
     job, other = jobs.dead(), jobs.dead()
     assert run("dead", "retry", job.id).status == 0
-    queued = jobs.get(job.id)
+    queued = jobs.job(job.id)
     assert (queued.status, queued.failures, queued.dead_at) == (S.QUEUED, 0, None)
     assert queued.publish_at is not None
-    assert jobs.get(other.id).dead_at is not None
+    assert jobs.job(other.id).dead_at is not None
 
 
 def test_all_are_retried_and_one_that_cannot_be_does_not_hold_up_the_others(
@@ -118,7 +107,7 @@ def test_a_dropped_dead_letter_stays_failed_and_can_still_be_retried_by_its_clie
     job = jobs.dead()
     history = jobs.database.read(reading.job_events, job.id)
     assert run("dead", "drop", job.id).status == 0
-    dropped = jobs.get(job.id)
+    dropped = jobs.job(job.id)
     assert (dropped.status, dropped.error_code) == (S.FAILED, "image_fetch_failed")
     assert dropped.dead_at is None
     assert len(jobs.database.read(reading.job_events, job.id)) == len(history)
@@ -138,7 +127,7 @@ def test_what_is_no_dead_letter_is_told_apart_from_what_is_not_there(
         done = run("dead", verb, job.id)
         assert done.status == 1
         assert done.stderr.startswith(f"error (conflict): job {job.id} is no dead letter: it is ")
-        assert jobs.get(job.id).status in (S.QUEUED, S.FAILED)
+        assert jobs.job(job.id).status in (S.QUEUED, S.FAILED)
 
 
 def test_as_json_each_job_has_its_own_answer(jobs: Jobs, run: Run) -> None:

@@ -17,7 +17,6 @@ import redis as redis_client
 from pydantic import SecretStr
 
 from migrations import run as migrations
-from models import reading
 from models.database import Database
 from tests.servers import RabbitMQ, S3Endpoint, Valkey, _as_user
 from tests.visq.cli.operators import (
@@ -26,7 +25,6 @@ from tests.visq.cli.operators import (
     Run,
     announce,
     found,
-    runner,
     settings_for,
     wrong,
 )
@@ -35,7 +33,6 @@ from visq.cli.doctor import examine
 from visq.embedded.connection import ConnectionInfo
 from visq.embedded.processes import free_port
 from visq.settings import Settings
-from visq.streams import announce_failure
 
 JOB_CHECKS = {"queue", "leases", "deadlines", "turns", "results", "dead jobs"}
 
@@ -44,17 +41,8 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
-    migrations.upgrade(database_url)
-    return settings_for(database_url, redis_url, tmp_path)
-
-
-@pytest.fixture
-def jobs(settings: Settings) -> Iterator[Jobs]:
-    database = Database(settings.database)
-    tenants = database.run(reading.ensure_tenants, ["acme"])
-    yield Jobs(database, tenants["acme"])
-    database.close()
+def settings(migrated_url: str, redis_url: str, tmp_path: Path) -> Settings:
+    return settings_for(migrated_url, redis_url, tmp_path)
 
 
 @pytest.fixture
@@ -62,11 +50,6 @@ def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
     """A server that the test may set up as it likes."""
     with Valkey(tmp_path / "valkey") as server:
         yield server
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 # --- all is well -------------------------------------------------------------------------------
@@ -335,49 +318,6 @@ def test_a_clock_that_is_minutes_off_is_a_warning_with_its_direction(
     assert said[1].message == "Redis is 5 min behind this machine"
     monkeypatch.setattr(time, "time", lambda: clock() - 300)
     assert "ahead" in wrong(settings)["clock"].message
-
-
-@on_sqlite
-def test_jobs_that_wait_for_a_worker_that_is_not_there_are_a_problem(
-    settings: Settings, jobs: Jobs
-) -> None:
-    assert wrong(settings)["workers"].level == "warning"
-    jobs.submit()
-    assert wrong(settings)["workers"].level == "problem"
-    announce(settings.redis)
-    assert not wrong(settings)
-
-
-@on_sqlite
-def test_a_worker_that_could_not_load_its_model_is_told_with_the_reason(
-    settings: Settings,
-) -> None:
-    with redis_client.Redis.from_url(settings.redis) as client:
-        announce_failure(client, "gpu-1", "/models/mine", "its weights are torn")
-    told = wrong(settings)["workers"]
-    assert told.level == "problem"
-    assert "gpu-1 could not load /models/mine" in told.message
-    assert "torn" in told.message
-    announce(settings.redis)
-    assert wrong(settings)["workers"].level == "warning"  # jobs run, elsewhere
-
-
-@on_sqlite
-def test_an_engine_that_is_down_is_told_and_not_the_broker_blamed(
-    settings: Settings, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, run: Run
-) -> None:
-    announce(settings.redis, engine_down="it was killed")
-    jobs.submit()
-    jobs.sql("UPDATE job_events SET at = AGO")
-    told = wrong(settings)
-    assert told.keys() == {"workers"}
-    assert told["workers"].level == "problem"
-    assert told["workers"].message == "the engine of here:1:a is down: it was killed"
-    monkeypatch.setattr(socket, "gethostname", lambda: "here")
-    monkeypatch.setenv("VISQ_REDIS_URL", settings.redis)
-    assert run("health", "worker").status == 1
-    announce(settings.redis)
-    assert run("health", "worker").status == 0
 
 
 @on_sqlite

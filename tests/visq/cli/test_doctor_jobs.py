@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from migrations import run as migrations
-from models import reading
-from models.database import Database
 from tests.visq.cli.operators import Jobs, announce, found, settings_for, wrong
 from visq.settings import Settings
 
 
 @pytest.fixture
-def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
+def settings(migrated_url: str, redis_url: str, tmp_path: Path) -> Settings:
     """Of a system with a worker."""
-    migrations.upgrade(database_url)
     announce(redis_url)
-    return settings_for(database_url, redis_url, tmp_path)
-
-
-@pytest.fixture
-def jobs(settings: Settings) -> Iterator[Jobs]:
-    database = Database(settings.database)
-    tenants = database.run(reading.ensure_tenants, ["acme"])
-    yield Jobs(database, tenants["acme"])
-    database.close()
+    return settings_for(migrated_url, redis_url, tmp_path)
 
 
 def test_a_lease_that_ran_out_long_ago_means_that_no_maintenance_loop_runs(
