@@ -4,205 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
-from migrations import run as migrations
-from models import batches, jobs, outbox, reading, submit
+from models import jobs
 from models.database import Database
-from models.outcomes import Failed, Succeeded, Transition, Work
 from tests.faults.checker import Evidence, Rows, check
 from tests.faults.load import Asked, Ledger
-from tests.faults.pictures import Pictures
-from tests.faults.played_engine import KILLS_ENGINE, answer_to
-from tests.faults.process import CONTROL
-from tests.faults.process_handle import Process
-from tests.faults.system import SHARED_MEMORY, System
-from tests.waiting import until
-from visq.embedded.processes import end, start_tethered
-from visq.errors import EngineCrashed, ImageNotFound
-from visq.pixels import NAME_PREFIX
-from visq.types import BatchRequest, ImagePart, JobRequest, JobResult, JobStatus, Message, Usage
-
-PICTURE = "s3://pictures/1.png"
-WORKER_PID = 4711
-WORKER = f"host:{WORKER_PID}:abc"
-
-
-@dataclass
-class Played:
-    """A round that was played without processes: jobs, turns, a batch, a poison."""
-
-    database: Database
-    ledger: Ledger
-    evidence: Evidence
-    single: str
-    turns: list[str]
-    items: list[str]
-    poison: str
-    doomed: list[str]
-    """Items of a batch that was cancelled: one succeeded, one did not."""
-    expired: str
-    retried: str
-    """It failed, was retried by a call, and failed again."""
-    gone: str
-    """The session that was deleted."""
-    gone_turns: list[str]
-
-    def kinds(self) -> set[str]:
-        """Of the violations that the checker finds now."""
-        rows = self.database.read(lambda session: Rows.read(session.connection(), "job_"))
-        return {violation.kind for violation in check(self.ledger, rows, self.evidence)}
-
-    def sql(self, statement: str, **values: Any) -> None:
-        self.database.run(lambda session: session.execute(text(statement), values))
-
-
-class _Player:
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._tenant = database.run(reading.ensure_tenants, ["acme"])["acme"]
-        self.ledger = Ledger(pictures=Pictures({PICTURE: ["ab" * 32]}, names=[PICTURE]))
-        self.evidence = Evidence(values={}, objects=[PICTURE])
-
-    def ask(self, asked: Asked, **fields: Any) -> str:
-        request = JobRequest.model_validate(
-            {"prompt": asked.prompt, "images": list(asked.pictures)} | fields
-        )
-        job = self._database.run(submit.submit_job, self._tenant, request, max_attempts=1).job
-        self.ledger.jobs[job.id] = asked
-        if job.session_id is not None:
-            self.ledger.turns.setdefault(job.session_id, []).append(job.id)
-        return job.id
-
-    def ask_batch(self, items: dict[str, Asked]) -> list[str]:
-        request = BatchRequest.model_validate(
-            {"items": [{"custom_id": id_, "prompt": each.prompt} for id_, each in items.items()]}
-        )
-        batch = self._database.run(submit.submit_batch, self._tenant, request, max_attempts=1).batch
-        self.ledger.batches[batch.id] = items
-        rows = self._database.read(reading.list_jobs, batch_id=batch.id, limit=100)
-        return [job.id for job in rows]
-
-    def fail(self, job_id: str) -> None:
-        self._finish(self._claim(job_id), Failed(ImageNotFound("there is none"), 0.0))
-
-    def retry(self, job_id: str) -> None:
-        self._database.run(jobs.retry, job_id)
-        self.ledger.retries[job_id] += 1
-
-    def cancel_batch(self, job_id: str, rest: Sequence[str]) -> None:
-        batch_id = self._database.read(jobs.get, job_id).batch_id
-        assert batch_id is not None
-        self._database.run(batches.request_cancel, batch_id)
-        self.ledger.cancelled.add(batch_id)
-        self._tell(*(self._database.run(jobs.cancel, each) for each in rest))
-
-    def delete_session(self, session_id: str) -> None:
-        self.ledger.deleted.add(session_id)
-        self._tell(*self._database.run(jobs.delete_session, session_id))
-
-    def expire(self, job_id: str) -> None:
-        until(lambda: job_id in self._database.read(jobs.past_deadline, 9), 5, "the deadline")
-        transition = self._database.run(jobs.expire, job_id)
-        assert transition is not None
-        self._tell(transition)
-
-    def run(self, job_id: str) -> None:
-        work = self._claim(job_id)
-        history = [remembered.message for remembered in work.history]
-        request = work.prompt.as_messages()
-        shown = [
-            self.ledger.pictures.versions[part.image_url.url][-1]
-            for message in [*history, *request]
-            for part in message.parts()
-            if isinstance(part, ImagePart)
-        ]
-        answer = answer_to([*history, *request], shown, WORKER_PID)
-        result = JobResult(text=answer, finish_reason="stop", usage=Usage(), model="played")
-        end = Succeeded(result, [*request, Message(role="assistant", content=answer)])
-        self._finish(work, end)
-
-    def die(self, job_id: str) -> None:
-        """As a poison does, until it is a dead letter."""
-        for alone in (False, False, True):
-            self._finish(self._claim(job_id, alone), Failed(EngineCrashed("dead"), 0.0))
-
-    def _claim(self, job_id: str, alone: bool = False) -> Work:
-        work = self._database.run(
-            jobs.claim, job_id, worker=WORKER, lease_seconds=30.0, alone=alone
-        )
-        assert work is not None
-        return work
-
-    def _finish(self, work: Work, end: Succeeded | Failed) -> None:
-        transition = self._database.run(jobs.finish, work.claim, end)
-        assert transition is not None
-        self._tell(transition)
-
-    def _tell(self, *transitions: Transition) -> None:
-        for event in (event for each in transitions for event in each.events):
-            job_id = event.payload["data"]["id"]
-            self.evidence.events[job_id].append(json.loads(json.dumps(event.payload)))
-            values: Any = self.evidence.values
-            values[job_id] = copy.deepcopy(event.payload["data"])
-            self._database.run(outbox.done, [event.id])
+from tests.faults.played_round import PICTURE, Played, play
+from visq.types import JobStatus
 
 
 @pytest.fixture(scope="module")
 def played_database(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Played]:
     path = tmp_path_factory.mktemp("played") / "visq.db"
-    migrations.upgrade(f"sqlite:///{path}")
-    database = Database(f"sqlite:///{path}")
-    player = _Player(database)
-    single = player.ask(Asked("one", (PICTURE,)))
-    first = player.ask(Asked("turn 1", (PICTURE,)), session={})
-    session_id = database.read(jobs.get, first).session_id
-    turns = [first] + [player.ask(Asked(f"turn {n}"), session_id=session_id) for n in (2, 3)]
-    items = player.ask_batch({f"item-{n}": Asked(f"item {n}") for n in range(3)})
-    poison = player.ask(Asked(KILLS_ENGINE, poison=True))
-    for job_id in (single, *turns, *items):
-        player.run(job_id)
-    player.die(poison)
-    doomed = player.ask_batch(
-        {f"item-{n}": Asked(f"doomed {n}", may_be_cancelled=True) for n in range(2)}
-    )
-    player.run(doomed[0])
-    player.cancel_batch(doomed[0], doomed[1:])
-    expired = player.ask(Asked("late", may_expire=True), expires_in=0.01)
-    player.expire(expired)
-    retried = player.ask(Asked("bad", (PICTURE,), missing=True))
-    player.fail(retried)
-    player.retry(retried)
-    player.fail(retried)
-    gone_turns = [player.ask(Asked("gone 1", may_be_cancelled=True), session={})]
-    gone = database.read(jobs.get, gone_turns[0]).session_id
-    assert gone is not None
-    gone_turns.append(player.ask(Asked("gone 2", may_be_cancelled=True), session_id=gone))
-    player.run(gone_turns[0])
-    player.delete_session(gone)
-    database.close()  # all of it is in the one file now
-    return path, Played(
-        database,
-        player.ledger,
-        player.evidence,
-        single,
-        turns,
-        items,
-        poison,
-        doomed,
-        expired,
-        retried,
-        gone,
-        gone_turns,
-    )
+    return path, play(path)
 
 
 @pytest.fixture
@@ -570,22 +391,3 @@ def test_jobs_of_earlier_rounds_that_have_not_ended_are_found(played: Played) ->
     assert kinds() == set()
     played.sql("UPDATE jobs SET status = 'queued', finished_at = NULL WHERE id = :id", id=newest)
     assert kinds() == {"left behind"}
-
-
-def test_processes_and_shared_memory_that_a_system_leaves_behind_are_found(tmp_path: Path) -> None:
-    system = System(tmp_path, "sqlite")
-    assert system.left_behind() == []
-    environment = os.environ | {CONTROL: str(tmp_path / "control")}
-    left = start_tethered(["sleep", "60"], env=environment)
-    worker = Process("worker-0", "worker", tmp_path, environment, tmp_path)
-    worker.pids.append(left.pid)
-    system.processes.append(worker)
-    segment = SHARED_MEMORY / f"{NAME_PREFIX.lstrip('/')}{left.pid}-test"
-    segment.touch()
-    try:
-        until(lambda: len(system.left_behind()) == 2, 5, "the two")
-        assert system.left_behind() == [f"sleep 60 ({left.pid})", str(segment)]
-    finally:
-        segment.unlink()
-        end(left, 0)
-    assert system.left_behind() == []
