@@ -265,23 +265,25 @@ class ProcessEngine:
             for number in list(self._open):
                 self._send(number)
         self._started.set()
-        while isinstance(message := self._hear(connection), Happened | Alive | PixelsNeeded):
-            if isinstance(message, Alive):
-                self._alive = message
-                continue
-            if isinstance(message, PixelsNeeded):
-                self._lend(message, outbox)
-                continue
-            self._hand_out(message)
-        gone.set()
-        with self._lock:
-            self._outbox = None
-            self._alive = None
-            self._fail_open(sent_only=True)
-        process.kill()  # if it has not ended, but said something that nobody understands
-        outbox.put(None)
-        sender.join()
-        watchdog.join()
+        try:
+            while isinstance(message := self._hear(connection), Happened | Alive | PixelsNeeded):
+                if isinstance(message, Alive):
+                    self._alive = message
+                    continue
+                if isinstance(message, PixelsNeeded):
+                    self._lend(message, outbox)
+                    continue
+                self._hand_out(message)
+        finally:
+            gone.set()
+            with self._lock:
+                self._outbox = None
+                self._alive = None
+                self._fail_open(sent_only=True)
+            process.kill()  # if it has not ended, but said something that nobody understands
+            outbox.put(None)
+            sender.join()
+            watchdog.join()
 
     def _hand_out(self, happened: Happened) -> None:
         with self._lock:

@@ -25,7 +25,7 @@ from visq.errors import ConfigurationError, ContextLengthExceeded, EngineCrashed
 from visq.pixels import PixelBuffer
 from visq.types import ImagePart, ImageUrl, Message
 from worker.engine.config import EngineConfig
-from worker.engine.face import EngineRequest, Outcome, Stopped, TokenEvent
+from worker.engine.face import EngineRequest, Event, Outcome, Stopped, TokenEvent
 from worker.engine.opening import LocalEngine
 from worker.engine.process import ProcessEngine
 
@@ -132,6 +132,21 @@ def test_after_kill_9_open_requests_fail_retryably_and_later_ones_succeed(
     finished(engine.submit(ask()).result())
     assert engine.alive
     assert engine.pid != dead
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_it_does_not_say_that_it_is_alive_when_nobody_hears_the_process(vision_model: Path) -> None:
+    def broken(event: Event) -> None:
+        raise RuntimeError("a sink that breaks its promise ends the thread that hears the process")
+
+    engine = ProcessEngine(EngineConfig(model=str(vision_model), device="cpu"))
+    try:
+        engine.submit(ask(), broken)
+        until(lambda: not engine.alive, 60, "the engine to be down")
+        assert engine.down
+        assert isinstance(failed(engine.submit(ask()).result()).error, EngineDown)
+    finally:
+        engine.close()
 
 
 def test_a_model_that_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:
