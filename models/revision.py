@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from visq.errors import ConfigurationError
 
-REVISION: Final = "0003"
+REVISION: Final = "0004"
 """The newest revision in `migrations` (a test holds them together)."""
 
 

@@ -19,8 +19,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     literal_column,
     text,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -126,34 +128,117 @@ class Message(TenantOwned, Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
+def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    condition = text(where)
+    return Index(name, *columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
+
+
 class Batch(TenantOwned, Base):
-    """A group of jobs; the counters equal its rows at every commit."""
+    """A group of jobs; the counters equal its rows at every commit.
+
+    ::
+
+        (from a file) validating ──► in_progress ──► [finalizing] ──► completed | expired | failed
+        (its items inline) ────────────┘   └──► cancelling ──► [finalizing] ──► cancelled | failed
+    """
 
     __tablename__ = "batches"
     __table_args__ = (
         Index(None, "tenant_id", "id"),
         UniqueConstraint("tenant_id", "idempotency_key"),
+        _partial_index("ix_batches_open", "id", where="finished_at IS NULL"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     status: Mapped[BatchStatus] = mapped_column(default=BatchStatus.IN_PROGRESS)
     lane: Mapped[Lane] = mapped_column()
     total: Mapped[int] = mapped_column()
+    """Items so far; more may come until `intake_done`."""
     succeeded: Mapped[int] = mapped_column(default=0)
     failed: Mapped[int] = mapped_column(default=0)
     cancelled: Mapped[int] = mapped_column(default=0)
     expired: Mapped[int] = mapped_column(default=0)
+    ends: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Ends of its items so far, one more for each item that is retried: numbers `BatchEnd`."""
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    completion_tokens: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    """Of the items that succeeded."""
     meta: Mapped[dict[str, str]] = mapped_column("metadata", default=dict)
     result_queue: Mapped[str | None] = mapped_column(String(64))
+
+    endpoint: Mapped[str | None] = mapped_column(String(64))
+    """Of a batch in OpenAI's form: whose answers its output holds."""
+    completion_window: Mapped[str | None] = mapped_column(String(16))
+    input_file_id: Mapped[str | None] = mapped_column(Id)
+    input_uri: Mapped[str | None] = mapped_column(Text)
+    """A file of items, or a prefix of images; NULL: they came with the request."""
+    output_uri: Mapped[str | None] = mapped_column(Text)
+    output_file_id: Mapped[str | None] = mapped_column(Id)
+    error_file_id: Mapped[str | None] = mapped_column(Id)
+    defaults: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    """What items have that say nothing else: `gen_config`; for a prefix, `prompt`."""
+    max_attempts: Mapped[int] = mapped_column(default=3, server_default=text("3"))
+    """Of items that are still to be read."""
+    max_in_flight: Mapped[int | None] = mapped_column()
+    on_item_error: Mapped[str] = mapped_column(
+        String(16), default="continue", server_default=text("'continue'")
+    )
+    dedupe: Mapped[bool] = mapped_column(default=False, server_default=false())
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(NullableJson)
+    """Why it failed as a whole: `code`, `message`, `param`, `line`."""
+
+    intake_done: Mapped[bool] = mapped_column(default=True, server_default=true())
+    """Whether all items are rows."""
+    intake_position: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Lines (or images) that were read."""
+    intake_after: Mapped[str | None] = mapped_column(Text)
+    """Of a prefix: the last key that was read."""
+    held_until: Mapped[datetime | None] = mapped_column()
+    """Until then a process reads its input or writes its output; others leave it alone."""
+    hold: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Counts those processes: the fencing token of the present one."""
+    hold_failures: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Times in a row that reading or writing failed."""
+
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     idempotency_hash: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[datetime] = mapped_column(default=db_now())
+    in_progress_at: Mapped[datetime | None] = mapped_column()
+    cancelling_at: Mapped[datetime | None] = mapped_column()
+    finalizing_at: Mapped[datetime | None] = mapped_column()
     finished_at: Mapped[datetime | None] = mapped_column()
+    expires_at: Mapped[datetime | None] = mapped_column()
 
 
-def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
-    condition = text(where)
-    return Index(name, *columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
+class BatchEnd(Base):
+    """One end of an item, numbered in the order in which ends were committed: who has read up to a
+    number has missed nothing before it. (Numbers are given under the lock of the batch's row.)"""
+
+    __tablename__ = "batch_ends"
+
+    batch_id: Mapped[str] = mapped_column(Id, ForeignKey("batches.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """From 1, without gaps."""
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"))
+
+
+class StoredFile(TenantOwned, Base):
+    """A file that was uploaded, or that holds the output of a batch; its bytes are in the store."""
+
+    __tablename__ = "files"
+    __table_args__ = (
+        Index(None, "tenant_id", "id"),
+        _partial_index("ix_files_expiring", "expires_at", where="expires_at IS NOT NULL"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    """``fil_...``"""
+    filename: Mapped[str] = mapped_column(String(255))
+    purpose: Mapped[str] = mapped_column(String(32))
+    uri: Mapped[str] = mapped_column(Text)
+    size: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(default=db_now())
+    expires_at: Mapped[datetime | None] = mapped_column()
 
 
 class Job(TenantOwned, Base):
@@ -175,6 +260,20 @@ class Job(TenantOwned, Base):
         _partial_index("ix_jobs_leases", "lease_expires_at", where="status = 'running'"),
         _partial_index("ix_jobs_deadlines", "expires_at", where="status IN ('waiting', 'queued')"),
         _partial_index("ix_jobs_dead", "dead_at", where="dead_at IS NOT NULL"),
+        _partial_index(
+            "ix_jobs_held",
+            "batch_id",
+            "dispatch_order",
+            "position",
+            where="status = 'queued' AND publish_at IS NULL",
+        ),
+        _partial_index(
+            "ix_jobs_dedupe",
+            "batch_id",
+            "dedupe_key",
+            "position",
+            where="dedupe_key IS NOT NULL",
+        ),
         # A session runs one turn at a time, whatever goes wrong elsewhere.
         _partial_index(
             "uq_jobs_running_turn", "session_id", where="status = 'running'", unique=True
@@ -191,7 +290,11 @@ class Job(TenantOwned, Base):
     batch_id: Mapped[str | None] = mapped_column(Id, ForeignKey("batches.id"))
     custom_id: Mapped[str | None] = mapped_column(String(128))
     position: Mapped[int | None] = mapped_column()
-    """Place in the batch, from 0."""
+    """Place in the batch, from 0; of a file, the number of the line less one."""
+    dispatch_order: Mapped[int | None] = mapped_column()
+    """`position` of the first item with the same images: those run together."""
+    dedupe_key: Mapped[str | None] = mapped_column(String(64))
+    """Equal in the items of a batch that ask for the same, if it is to be done once."""
 
     request: Mapped[dict[str, Any]] = mapped_column()
     """`messages`, `gen_config`, `do_preprocess`, `adapter_name`, `on_image_change`."""
