@@ -11,11 +11,14 @@ answers with, and ``retryable``: whether a job that met it is attempted again by
     │   └── UnsupportedParameter  422
     ├── Unauthorized              401
     ├── NotFound                  404
+    │   └── ObjectNotFound        404  an object of the store (names it)
+    ├── ObjectForbidden           403
     ├── PayloadTooLarge           413
     ├── UnsupportedMediaType      415
     ├── Conflict                  409
     │   ├── IdempotencyConflict   409
-    │   └── NotRetriable          409
+    │   ├── NotRetriable          409
+    │   └── ObjectChanged         409
     ├── Unavailable               503
     ├── ImageError                     a job's image cannot be used (names the image)
     │   ├── ImageNotFound, ImageForbidden, ImageTooLarge, ImageUndecodable, ImageChanged
@@ -102,6 +105,19 @@ class NotFound(VisqError):
     status = 404
 
 
+class ObjectNotFound(NotFound):
+    """The bucket, the key or the version does not exist."""
+
+    code = "object_not_found"
+
+
+class ObjectForbidden(VisqError):
+    """The store refuses the object, or the tenant may not use it."""
+
+    code = "object_forbidden"
+    status = 403
+
+
 class PayloadTooLarge(VisqError):
     """The body or the upload is larger than this server takes."""
 
@@ -133,6 +149,12 @@ class NotRetriable(Conflict):
     """Only a failed job can be retried."""
 
     code = "not_retriable"
+
+
+class ObjectChanged(Conflict):
+    """The object was replaced while it was read."""
+
+    code = "object_changed"
 
 
 class Unavailable(VisqError):

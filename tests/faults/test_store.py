@@ -180,7 +180,7 @@ def test_a_fault_that_passes_by_itself_is_not_even_noticed(
     for fault in (Refuse(503, "SlowDown"), Truncate(share=0.9), Reset(share=0.1)):
         well.lie(fault, f"{bucket.name}/", times=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visq.objects.s3._BACKOFF_SECONDS", 0.05)
+        patch.setattr("visq.objects.s3_calls._BACKOFF_SECONDS", 0.05)
         assert seen(media.load(bucket.url(), "ann")) == sha256(png("red")).hexdigest()
     assert well.count(f"{bucket.name}/a.png") == 4
 

@@ -7,31 +7,36 @@ allows both ``a`` and ``a/b``).
 
 from __future__ import annotations
 
-import errno
-import hashlib
+import io
 import os
 import stat
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import BinaryIO, ClassVar, Final
 
 from visq.errors import (
     ImageFetchFailed,
     ImageForbidden,
     ImageNotFound,
     ImageTooLarge,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectNotFound,
     Unavailable,
+    VisqError,
 )
-from visq.objects.ref import ObjectRef
-from visq.objects.store import FetchedObject, NotModified
+from visq.objects.folder_files import IncomingFile, OutgoingFile, os_error_name
+from visq.objects.folder_names import file_name, listed
+from visq.objects.ref import ObjectRef, check_listing
+from visq.objects.store import FetchedObject, ListedObject, NotModified, ObjectInfo
 
 INCOMING: Final = ".incoming"
 """Where writers prepare files, in the root so that the rename is atomic; no bucket's name."""
 
-_MAX_NAME_BYTES: Final = 240
+_BUFFER_BYTES: Final = 1024 * 1024
 _LOST: Final = "its folder is gone: is a disk not mounted?"
-_HASHED: Final = "%~"
 
 
 class FolderStore:
@@ -60,30 +65,77 @@ class FolderStore:
         except PermissionError:
             raise ImageForbidden(f"image {ref} may not be read by this process") from None
         except OSError as error:
-            raise ImageFetchFailed(f"image {ref} could not be read ({_name(error)})") from error
+            raise ImageFetchFailed(
+                f"image {ref} could not be read ({os_error_name(error)})"
+            ) from error
 
     def put(self, ref: ObjectRef, data: bytes, content_type: str) -> None:
+        try:
+            with self.write(ref, content_type) as file:
+                file.write(data)
+        except ObjectForbidden as error:
+            raise ImageForbidden(error.message) from None
+
+    def open(self, ref: ObjectRef, *, if_match: str | None = None) -> BinaryIO:
+        with self._reading(ref):
+            descriptor = self._open(ref)
+            if if_match is not None and _etag(os.fstat(descriptor)) != if_match:
+                os.close(descriptor)
+                raise ObjectChanged(f"{ref} has changed")
+            return io.BufferedReader(OutgoingFile(ref, descriptor), _BUFFER_BYTES)
+
+    @contextmanager
+    def write(self, ref: ObjectRef, content_type: str) -> Iterator[BinaryIO]:
         del content_type  # decoding goes by the bytes
         target = self._path(ref)
         incoming = self._root / INCOMING / uuid.uuid4().hex
-        if self._is_lost():
-            raise Unavailable(f"{ref} could not be written ({_LOST})")
-        try:
+        with self._writing(ref):
+            if self._is_outside(target):
+                raise ObjectForbidden(f"{ref} lies outside the object store")
             incoming.parent.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._refuse_outside(ref, target)
-            with open(incoming, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            incoming.replace(target)
-        except PermissionError:
-            raise ImageForbidden(f"{ref} may not be written by this process") from None
-        except OSError as error:
-            raise Unavailable(f"{ref} could not be written ({_name(error)})") from error
+            file = io.BufferedWriter(IncomingFile(ref, incoming), _BUFFER_BYTES)
+        try:
+            yield file
+            with self._writing(ref):
+                file.close()
+                _sync(incoming)
+                incoming.replace(target)
         finally:
+            with suppress(OSError, VisqError):
+                file.close()
             with suppress(OSError):
                 incoming.unlink()
+
+    def list(self, bucket: str, prefix: str, *, after: str | None = None) -> Iterator[ListedObject]:
+        """What cannot be listed: `folder_names.listed`."""
+        check_listing(bucket, prefix, after or "")
+        try:
+            yield from listed(self._root / bucket, prefix, after)
+        except (FileNotFoundError, NotADirectoryError):
+            if self._is_lost():
+                raise Unavailable(f"bucket `{bucket}` could not be listed ({_LOST})") from None
+            raise ObjectNotFound(f"bucket `{bucket}` is not found") from None
+        except PermissionError:
+            raise ObjectForbidden(f"bucket `{bucket}` may not be listed by this process") from None
+        except OSError as error:
+            raise Unavailable(
+                f"bucket `{bucket}` could not be listed ({os_error_name(error)})"
+            ) from error
+
+    def delete(self, ref: ObjectRef) -> None:
+        with suppress(ObjectNotFound), self._reading(ref):
+            os.close(self._open(ref))  # what is no object is not deleted
+            self._path(ref).unlink()
+
+    def stat(self, ref: ObjectRef) -> ObjectInfo:
+        with self._reading(ref):
+            descriptor = self._open(ref)
+            try:
+                found = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+            return ObjectInfo(found.st_size, _etag(found))
 
     def ping(self) -> None:
         # The folder is not made here: a probe would hide that a disk is not mounted.
@@ -104,14 +156,8 @@ class FolderStore:
     def _read(
         self, ref: ObjectRef, max_bytes: int, if_none_match: str | None
     ) -> FetchedObject | NotModified:
-        path = self._path(ref)
-        self._refuse_outside(ref, path)
-        # O_NONBLOCK: opening a named pipe must not wait for its writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise FileNotFoundError(path)
-            etag = f'"{found.st_mtime_ns:x}-{found.st_size:x}-{found.st_ino:x}"'
+        with open(self._open(ref), "rb") as file:
+            etag = _etag(os.fstat(file.fileno()))
             if etag == if_none_match:
                 return NotModified()
             data = file.read(max_bytes + 1)
@@ -119,23 +165,66 @@ class FolderStore:
             raise ImageTooLarge(f"image {ref} has more than {max_bytes} bytes")
         return FetchedObject(data, etag)
 
+    def _open(self, ref: ObjectRef) -> int:
+        """A descriptor of the object's file.
+
+        :raises OSError: there is none, or it lies outside (`PermissionError`).
+        """
+        path = self._path(ref)
+        if ref.version_id is not None:
+            raise FileNotFoundError(path)
+        if self._is_outside(path):
+            raise PermissionError(path)
+        # O_NONBLOCK: opening a named pipe must not wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise FileNotFoundError(path)
+        self._seen = True
+        return descriptor
+
+    @contextmanager
+    def _reading(self, ref: ObjectRef) -> Iterator[None]:
+        """What the system's errors mean for an object that is there, or not."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            if self._is_lost():
+                raise Unavailable(f"{ref} could not be read ({_LOST})") from None
+            raise ObjectNotFound(f"{ref} is not found") from None
+        except PermissionError:
+            raise ObjectForbidden(f"{ref} may not be used by this process") from None
+        except OSError as error:
+            raise Unavailable(f"{ref} could not be read ({os_error_name(error)})") from error
+
+    @contextmanager
+    def _writing(self, ref: ObjectRef) -> Iterator[None]:
+        """What the system's errors mean for an object that is to appear."""
+        if self._is_lost():
+            raise Unavailable(f"{ref} could not be written ({_LOST})")
+        try:
+            yield
+        except PermissionError:
+            raise ObjectForbidden(f"{ref} may not be written by this process") from None
+        except OSError as error:
+            raise Unavailable(f"{ref} could not be written ({os_error_name(error)})") from error
+
     def _path(self, ref: ObjectRef) -> Path:
         """The file of an object. Keys hold no ``.`` or ``..`` segments: `ObjectRef` sees to it."""
-        return self._root.joinpath(ref.bucket, *map(_file_name, ref.key.split("/")))
+        return self._root.joinpath(ref.bucket, *map(file_name, ref.key.split("/")))
 
-    def _refuse_outside(self, ref: ObjectRef, path: Path) -> None:
-        """Refuse what symbolic links lead out of the root."""
-        if not path.resolve().is_relative_to(self._root.resolve()):
-            raise ImageForbidden(f"{ref} lies outside the object store")
-
-
-def _file_name(segment: str) -> str:
-    """A segment of a key as a file name: itself, or a hash where no file can be named so."""
-    name = segment.encode()
-    if segment and len(name) <= _MAX_NAME_BYTES and not segment.startswith(_HASHED):
-        return segment
-    return _HASHED + hashlib.sha256(name).hexdigest()
+    def _is_outside(self, path: Path) -> bool:
+        """Whether symbolic links lead out of the root."""
+        return not path.resolve().is_relative_to(self._root.resolve())
 
 
-def _name(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, type(error).__name__)
+def _etag(found: os.stat_result) -> str:
+    return f'"{found.st_mtime_ns:x}-{found.st_size:x}-{found.st_ino:x}"'
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -35,11 +35,7 @@ class ObjectRef:
     version_id: str | None = None
 
     def __post_init__(self) -> None:
-        if not _BUCKET.fullmatch(self.bucket) or ".." in self.bucket:
-            raise InvalidRequest(
-                "the bucket in an `s3://bucket/key` name has 3 to 63 characters: lower-case "
-                "letters, digits, `-` and `.`, with a letter or a digit at both ends"
-            )
+        check_bucket(self.bucket)
         if reason := _fault_of_key(self.key):
             raise InvalidRequest(f"an object name in bucket `{self.bucket}` {reason}")
         if self.version_id is not None and not _VERSION.fullmatch(self.version_id):
@@ -54,6 +50,25 @@ class ObjectRef:
 
     def __str__(self) -> str:
         return self.uri
+
+
+def check_bucket(bucket: str) -> None:
+    """:raises InvalidRequest: no bucket can be named so."""
+    if not _BUCKET.fullmatch(bucket) or ".." in bucket:
+        raise InvalidRequest(
+            "the bucket in an `s3://bucket/key` name has 3 to 63 characters: lower-case "
+            "letters, digits, `-` and `.`, with a letter or a digit at both ends"
+        )
+
+
+def check_listing(bucket: str, *texts: str) -> None:
+    """:raises InvalidRequest: no bucket can be named so, or no key begins with such a text."""
+    check_bucket(bucket)
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"a name in bucket `{bucket}` is not valid Unicode") from None
 
 
 def parse_uri(uri: str) -> ObjectRef:

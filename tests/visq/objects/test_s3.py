@@ -21,7 +21,7 @@ from visq.errors import (
     Unavailable,
 )
 from visq.objects import ObjectRef, ObjectStore, open_store, parse_uri
-from visq.objects import s3 as s3_module
+from visq.objects import s3_calls
 from visq.settings import Settings
 
 SECRET = "a-secret-that-no-message-may-hold"
@@ -113,7 +113,7 @@ class FaultyServer:
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setattr(s3_module, "_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(s3_calls, "_BACKOFF_SECONDS", 0.01)
     server = FaultyServer()
     yield server
     server.close()
