@@ -43,6 +43,7 @@ def _choice(choice: face.Choice) -> Choice:
         finish_reason=choice.finish_reason,
         token_ids=None if logprobs is None else choice.token_ids,
         logprobs=None if logprobs is None else [_in_json(each) for each in logprobs],
+        tokens=choice.tokens,
     )
 
 

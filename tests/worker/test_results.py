@@ -17,9 +17,12 @@ def test_a_plain_result_has_no_choices_logprobs_tokens_or_perplexity() -> None:
 
 
 def test_logprobs_are_by_token_id_in_json() -> None:
-    choice = Choice("a cat", "stop", [512], logprobs=[{512: -2.5, 7: -0.25}])
+    texts = {512: " cat", 7: " dog"}
+    choice = Choice("a cat", "stop", [512], logprobs=[{512: -2.5, 7: -0.25}], tokens=texts)
     result = result_of(Finished((choice,), 3), 0, "small")
-    assert json.loads(result.model_dump_json())["logprobs"] == [{"512": -2.5, "7": -0.25}]
+    said = json.loads(result.model_dump_json())
+    assert said["logprobs"] == [{"512": -2.5, "7": -0.25}]
+    assert said["tokens"] == {"512": " cat", "7": " dog"}
 
 
 def test_each_choice_has_its_own_logprobs() -> None:

@@ -72,6 +72,9 @@ class Choice(BaseModel):
     logprobs: list[dict[int, float]] | None = None
     """If asked for: of each of `token_ids`, `{"<token id>": logprob}` (natural logarithm) of the
     token itself and of the likeliest ones, in no particular order."""
+    tokens: dict[int, str] | None = None
+    """If `logprobs` were asked for: the text of every token in them; of a token that is a part of
+    a character, its bytes, written `bytes:\\xe2\\x80`."""
 
 
 class JobResult(Choice):

@@ -5,8 +5,8 @@ Knows nothing of models or tensors: an engine feeds it one token at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Final
+from collections.abc import Callable, Collection, Iterable
+from typing import Final, TypeAlias
 
 from visq.types import GenerationConfig
 from worker.engine.face import Choice, Logprobs, TokenEvent
@@ -14,6 +14,10 @@ from worker.engine.text import Detokenizer, StopWords
 
 TAIL: Final = 200
 """Characters of the newest text that are kept for bad words: their greatest length."""
+
+
+TextsOf: TypeAlias = Callable[[Iterable[int]], dict[int, str]]
+"""Tells the texts of tokens: `worker.engine.token_texts.TokenTexts.of`."""
 
 
 class Answer:
@@ -26,16 +30,19 @@ class Answer:
         stop_ids: Collection[int],
         stop_words: Collection[str],
         index: int = 0,
+        texts_of: TextsOf | None = None,
     ) -> None:
         """
         :param stop_ids: tokens that end the answer.
         :param stop_words: strings that end it.
         :param index: which of the request's choices it is.
+        :param texts_of: tells the texts of the tokens in the log probabilities.
         """
         self._may_hold = not (stop_words or config.bad_words)
         self.token_ids: list[int] = []
         self._logprobs: list[Logprobs] | None = None if config.logprobs is None else []
         self._index = index
+        self._texts_of = texts_of
         self.stopped = False
         """Whether a stop token or a stop word has come."""
         self.tail = ""
@@ -89,7 +96,13 @@ class Answer:
             finish_reason="stop" if self.stopped else "length",
             token_ids=self.token_ids,
             logprobs=self._logprobs,
+            tokens=self._tokens(),
         )
+
+    def _tokens(self) -> dict[int, str] | None:
+        if self._logprobs is None or self._texts_of is None:
+            return None
+        return self._texts_of(token for each in self._logprobs for token in each)
 
     def _show(self, text: str) -> str:
         """Return the part of the new text that can be shown."""

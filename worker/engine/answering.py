@@ -12,6 +12,7 @@ from visq.types import GenerationConfig
 from worker.engine.answer import Answer
 from worker.engine.bad_words import BadWords, Pieces
 from worker.engine.loading import LoadedModel
+from worker.engine.token_texts import TokenTexts
 
 
 class Answering:
@@ -53,7 +54,8 @@ class Answering:
     def answer(self, config: GenerationConfig, index: int = 0) -> Answer:
         """An empty answer; `index` says which of the request's choices it is."""
         words = set(config.stop_words or ())
-        return Answer(config, self._decoder(config), self.stop_ids(config), words, index)
+        texts_of = None if config.logprobs is None else self._token_texts.of
+        return Answer(config, self._decoder(config), self.stop_ids(config), words, index, texts_of)
 
     def bad_words(self, config: GenerationConfig) -> BadWords | None:
         return BadWords(config.bad_words, self._pieces) if config.bad_words else None
@@ -76,6 +78,10 @@ class Answering:
             )
 
         return decode
+
+    @cached_property
+    def _token_texts(self) -> TokenTexts:
+        return TokenTexts(self._loaded.tokenizer)
 
     @cached_property
     def _pieces(self) -> Pieces:

@@ -104,6 +104,8 @@ class Choice:
     """All generated tokens but the stop token; with a stop word, up to the token that ended it."""
     logprobs: list[Logprobs] | None = None
     """One for each of `token_ids`, if asked for."""
+    tokens: dict[int, str] | None = None
+    """Of every token in `logprobs`: its text (`visq.token_text`)."""
     logits: NDArray[np.float32] | None = None
     """Raw logits that `output_logits` asked for: ``(tokens, vocabulary)``, of the generated tokens,
     or of the prompt's tokens and then of the generated ones (``all``)."""

@@ -40,7 +40,7 @@ def check(request: EngineRequest, vocab_size: int) -> None:
         )
     asked = {
         "n": config.n > 1,
-        "logprobs": bool(config.logprobs),
+        "logprobs": config.logprobs is not None,
         "response_format": config.response_format is not None,
         "output_logits": config.output_logits is not None,
         "return_ppl": config.return_ppl,

@@ -98,3 +98,17 @@ def test_what_has_come_before_an_end_from_outside_is_told_half_characters_too(
     assert [token for event in told for token in event.token_ids] == ids
     assert text.startswith("".join(event.text for event in told))
     assert answer.held() is None
+
+
+def test_of_every_token_in_the_log_probabilities_the_text_is_told() -> None:
+    answer = Answer(
+        GenerationConfig(logprobs=1),
+        decode,
+        {END_ID},
+        [],
+        texts_of=lambda ids: dict.fromkeys(ids, "?"),
+    )
+    for token in tokens("ab"):
+        answer.append(token, {token: -0.5, 7: -1.0})
+    _, finished = answer.finish()
+    assert finished.tokens == dict.fromkeys([*tokens("ab"), 7], "?")

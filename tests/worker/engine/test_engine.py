@@ -210,6 +210,7 @@ def test_sampling_of_the_likeliest_only_is_greedy(
     [
         ("n", 2),
         ("logprobs", 3),
+        ("logprobs", 0),
         ("response_format", {"type": "json_object"}),
         ("output_logits", "all"),
         ("return_ppl", True),

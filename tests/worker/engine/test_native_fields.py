@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.worker.engine.asking import ask, failed, finished
 from visq.errors import InvalidRequest
 from visq.pixels import PixelBuffer
+from visq.token_text import bytes_of
 from worker.engine.config import EngineConfig
 from worker.engine.face import EngineRequest, TokenEvent
 from worker.engine.native import NativeEngine
@@ -97,6 +98,11 @@ def test_logprobs_are_those_of_the_raw_logits(
             assert value == pytest.approx(float(row[token]), abs=1e-4)
         likeliest = set(row.topk(3).indices.tolist())
         assert likeliest <= set(each)
+    tokens = answer.choices[0].tokens
+    assert tokens is not None
+    assert set(tokens) == {token for each in logprobs for token in each}
+    joined = b"".join(bytes_of(tokens[token]) for token in answer.token_ids)
+    assert joined.decode(errors="replace") == answer.text
 
 
 @pytest.mark.parametrize("chunked", [False, True])
