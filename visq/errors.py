@@ -11,6 +11,7 @@ answers with, and ``retryable``: whether a job that met it is attempted again by
     │   └── UnsupportedParameter  422
     ├── Unauthorized              401
     ├── NotFound                  404
+    │   ├── ModelNotFound         404
     │   └── ObjectNotFound        404  an object of the store (names it)
     ├── ObjectForbidden           403
     ├── PayloadTooLarge           413
@@ -23,18 +24,24 @@ answers with, and ``retryable``: whether a job that met it is attempted again by
     ├── ImageError                     a job's image cannot be used (names the image)
     │   ├── ImageNotFound, ImageForbidden, ImageTooLarge, ImageUndecodable, ImageChanged
     │   └── ImageFetchFailed           retryable: the store did not answer
-    ├── EngineError                    the model could not answer
-    │   ├── ContextLengthExceeded, AdapterNotFound
-    │   └── EngineCrashed, EngineDown  retryable: the engine died, or has not come up again
+    ├── EngineError               500  the model could not answer
+    │   ├── ContextLengthExceeded 422
+    │   ├── AdapterNotFound       404
+    │   └── EngineCrashed, EngineDown  503, retryable: it died, or has not come up again
     ├── InternalError                  retryable: visq met something that it did not expect
-    └── JobFailed                      a job ended without an answer (raised by the client)
-        └── AttemptsExhausted, JobCancelled, JobExpired
+    └── JobFailed                 500  a job ended without an answer
+        ├── AttemptsExhausted     500
+        ├── JobCancelled          499
+        └── JobExpired            504
     ConfigurationError                 the process cannot start as it is set up
+
+What only a job can meet has a status for the routes that wait for the job: chat completions.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, Final
 
 
 class VisqError(Exception):
@@ -103,6 +110,12 @@ class NotFound(VisqError):
 
     code = "not_found"
     status = 404
+
+
+class ModelNotFound(NotFound):
+    """No worker serves this model; the message names those that are served."""
+
+    code = "model_not_found"
 
 
 class ObjectNotFound(NotFound):
@@ -219,18 +232,21 @@ class ContextLengthExceeded(EngineError):
     """Prompt and answer do not fit the model's context."""
 
     code = "context_length_exceeded"
+    status = 422
 
 
 class AdapterNotFound(EngineError):
     """``adapter_name`` names no adapter of this worker."""
 
     code = "adapter_not_found"
+    status = 404
 
 
 class EngineCrashed(EngineError):
     """The engine process died while this request was in it; tried again by itself."""
 
     code = "engine_crashed"
+    status = 503
     retryable = True
 
 
@@ -238,6 +254,7 @@ class EngineDown(EngineError):
     """The engine has died and is not up again yet; the request was not in it."""
 
     code = "engine_down"
+    status = 503
     retryable = True
 
 
@@ -257,9 +274,35 @@ class JobCancelled(JobFailed):
     """The job was cancelled."""
 
     code = "job_cancelled"
+    status = 499  # as proxies say it of a client that has left
 
 
 class JobExpired(JobFailed):
     """The job's deadline passed before it ended."""
 
     code = "job_expired"
+    status = 504
+
+
+OPENAI_CODES: Final = {"unauthorized": "invalid_api_key"}
+"""Codes that OpenAI's API has other words for; its routes say those."""
+
+
+def kind_of(code: str) -> type[VisqError] | None:
+    """The class with this code, or with OpenAI's word for it; ``None``: a later version's code."""
+    for kind in _tree(VisqError):
+        if code in (kind.code, OPENAI_CODES.get(kind.code)):
+            return kind
+    return None
+
+
+def type_of(code: str) -> str:
+    """What OpenAI's API calls ``type``: whether the request or the server is to blame."""
+    kind = kind_of(code)
+    return "server_error" if kind is not None and kind.status >= 500 else "invalid_request_error"
+
+
+def _tree(kind: type[VisqError]) -> Iterator[type[VisqError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _tree(child)

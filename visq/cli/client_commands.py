@@ -61,8 +61,8 @@ def submit(
     data: Data = None,
 ) -> None:
     """Submit one job, and print its answer."""
-    from visq.client.answers import result_of
     from visq.client.options import JobOptions
+    from visq.ended import result_of
     from visq.errors import VisqError
 
     options: JobOptions = {"lane": lane, "result_queue": result_queue}  # type: ignore[typeddict-item]

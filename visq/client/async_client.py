@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Unpack
 
 from visq.client import calls, images
-from visq.client.answers import result_of
 from visq.client.flows import RetryPolicy
 from visq.client.images import ImageLike
 from visq.client.options import BatchOptions, ChatOptions, Images, Item, JobOptions
@@ -23,6 +22,7 @@ from visq.client.results import ResultsInOrder
 from visq.client.runners import AsyncRunner
 from visq.client.servers import find_server
 from visq.client.streaming import TextStream
+from visq.ended import result_of
 from visq.types import (
     BatchCounts,
     BatchView,

@@ -7,8 +7,8 @@ from typing import Final, Protocol
 
 from pydantic import BaseModel
 
-from visq.client.answers import result_of
 from visq.client.flows import OUTAGE_SECONDS, RetryPolicy
+from visq.ended import result_of
 from visq.types import JobStatus, JobView
 
 STABLE_SECONDS: Final = 10.0

@@ -19,8 +19,8 @@ from queue import SimpleQueue
 from typing import Any, Final, Literal
 
 from visq.client import Batch, Client, Job
-from visq.client.answers import result_of
 from visq.client.images import PilImage
+from visq.ended import result_of
 from visq.errors import (
     InvalidRequest,
     JobCancelled,

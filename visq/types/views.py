@@ -6,8 +6,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
+from visq.errors import type_of
 from visq.types.requests import ImagePart, JobKind, Lane, TextPart
 
 T = TypeVar("T")
@@ -44,6 +45,12 @@ class ErrorBody(BaseModel):
     code: str
     message: str
     param: str | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def type(self) -> str:
+        """As OpenAI's API says it: `invalid_request_error` or `server_error`."""
+        return type_of(self.code)
 
 
 class Usage(BaseModel):
