@@ -1,9 +1,9 @@
 """What a request may ask of a queue; and its image references, checked and made durable before the
 job is accepted.
 
-``s3://`` names are checked and not fetched; ``data:`` URLs become uploads, so that a session's
-history can show them again; ids of uploads become their ``s3://`` names. What a worker sees is
-``s3://`` names only, and the SHA-256 wherever the bytes are known.
+``s3://`` names and ``https://`` URLs are checked and not fetched; ``data:`` URLs become uploads, so
+that a session's history can show them again; ids of uploads become their ``s3://`` names. What a
+worker sees is ``s3://`` names and URLs only, and the SHA-256 wherever the bytes are known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from visq.errors import (
     UnsupportedParameter,
     VisqError,
 )
-from visq.objects import check_access, parse_uri
+from visq.objects.images import image_ref
+from visq.objects.web_ref import is_web
 from visq.types import (
     BatchRequest,
     GenerationConfig,
@@ -132,20 +133,19 @@ def _references(prompt: Prompt) -> Iterator[tuple[str, str]]:
 
 
 def _check_names(here: Services, caller: Caller, places: Mapping[str, str]) -> dict[str, Stored]:
-    """The ``s3://`` names; anything that has no form at all is refused here."""
+    """The ``s3://`` names and URLs; anything that has no form at all is refused here."""
     stored = {}
     for url, place in places.items():
         if _is_data(url) or _is_id(url):
             continue
-        if not url.startswith("s3://"):
+        if not url.startswith("s3://") and not is_web(url):
             raise InvalidRequest(
-                f"{place}: give an image as `s3://bucket/key`, a `data:` URL, or the id of an "
-                "upload (`img_...`)",
+                f"{place}: give an image as `s3://bucket/key`, an `https://` or `data:` URL, or "
+                "the id of an upload (`img_...`)",
                 param=place,
             )
         try:
-            ref = parse_uri(url)
-            check_access(ref, caller.tenant, here.settings)
+            ref = image_ref(url, caller.tenant, here.settings)
         except VisqError as error:
             raise _at(place, error) from None
         stored[url] = Stored(ref.uri)

@@ -19,6 +19,8 @@ CHATTY: Final = (
     "botocore",
     "celery.app.trace",
     "celery.worker.strategy",
+    "httpcore2",  # shows headers, and so signed URLs
+    "httpx2",
     "kombu",
     "urllib3",
 )

@@ -21,6 +21,9 @@ TENANT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """Names of tenants are part of routing keys, queue names and object keys."""
 
 
+IMAGE_HOST = re.compile(r"(?P<host>[a-z0-9_.-]+|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
+
+
 class Settings(BaseSettings):
     """Settings of every process of visq. Durations are in seconds, sizes in bytes."""
 
@@ -149,12 +152,19 @@ class Settings(BaseSettings):
     max_image_bytes: Annotated[int, Field(gt=0)] = 50 * MIB
     max_image_pixels: Annotated[int, Field(gt=0)] = 50_000_000
     fetch_concurrency: Annotated[int, Field(ge=1)] = 16
-    """Images that one worker fetches at a time."""
+    """Images that one worker fetches at a time from the object store, and as many from the web."""
     fetch_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
     """Longest silence of the object store while an image is read."""
     fetch_total_seconds: Annotated[float, Field(gt=0)] = 60.0
     """Longest time that reading (or writing) one image may take in one attempt of a job, all tries
     together. An attempt fails after it with ``image_fetch_failed``, which is tried again."""
+    image_urls: Literal["off", "public"] = "public"
+    """From where ``https://`` images are read: ``public``: from all of the public internet, and
+    the hosts below; ``off``: only from those."""
+    image_url_hosts: str = ""
+    """Hosts (``host`` or ``host:port``, separated by commas) from which images are read though
+    their addresses are not public, and also by ``http://``: a gateway in front of buckets, say.
+    Without a port: the two usual ones."""
     decode_processes: Annotated[int, Field(ge=1)] = 1
     """Media processes of one worker."""
     decode_timeout_seconds: Annotated[float, Field(gt=0)] = 20.0
@@ -176,6 +186,12 @@ class Settings(BaseSettings):
         parse_adapters(value)
         return value
 
+    @field_validator("image_url_hosts")
+    @classmethod
+    def _hosts_have_ports(cls, value: str) -> str:
+        parse_image_hosts(value)
+        return value
+
     @cached_property
     def tenants(self) -> dict[str, str]:
         """Tenant name -> secret."""
@@ -185,6 +201,11 @@ class Settings(BaseSettings):
     def adapter_folders(self) -> dict[str, str]:
         """Adapter name -> folder."""
         return parse_adapters(self.adapters)
+
+    @cached_property
+    def image_hosts(self) -> frozenset[tuple[str, int]]:
+        """(host, port) of ``image_url_hosts``."""
+        return parse_image_hosts(self.image_url_hosts)
 
     @property
     def database(self) -> str:
@@ -237,3 +258,21 @@ def parse_adapters(text: str) -> dict[str, str]:
             )
         folders[name] = folder
     return folders
+
+
+def parse_image_hosts(text: str) -> frozenset[tuple[str, int]]:
+    """Parse ``host,host:port`` into pairs; a host without a port has 80 and 443.
+
+    :raises ConfigurationError: if one is neither; an IPv6 address stands in brackets.
+    """
+    found: set[tuple[str, int]] = set()
+    for entry in filter(None, (part.strip().lower() for part in text.split(","))):
+        match = IMAGE_HOST.fullmatch(entry)
+        if match is None or not 0 < int(match["port"] or 80) < 65536:
+            raise ConfigurationError(
+                "VISQ_IMAGE_URL_HOSTS must be `host` or `host:port` separated by commas, without "
+                "`https://` and paths"
+            )
+        ports = [int(match["port"])] if match["port"] else [80, 443]
+        found |= {(match["host"].strip("[]"), port) for port in ports}
+    return frozenset(found)

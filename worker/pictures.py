@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from models.outcomes import ShownPicture, Work
 from visq.errors import ImageChanged, ImageFetchFailed, Unavailable
+from visq.objects.web_ref import public_name
 from visq.pixels import PixelBuffer
 from visq.types import ImagePart, Message, TextPart
 from worker.engine.face import EngineImage, KnownImage
@@ -193,9 +194,9 @@ def _check_unchanged(url: str, sha256: str | None, image: EngineImage) -> None:
     """:raises ImageChanged: it is not the content that was shown, or announced, as `sha256`."""
     if sha256 not in (None, image.sha256):
         raise ImageChanged(
-            f"{url} has other content than when it was shown; submit with "
+            f"{public_name(url)} has other content than when it was shown; submit with "
             '`on_image_change: "accept"` to go on with the new content',
-            param=url[:256],
+            param=public_name(url)[:256],
         )
 
 

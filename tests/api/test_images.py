@@ -136,6 +136,25 @@ def test_an_s3_name_is_passed_on(client: httpx2.Client, worker: PlayedWorker) ->
     assert part.sha256 is None
 
 
+@pytest.mark.parametrize("form", ["short", "raw"])
+def test_a_url_is_passed_on_as_it_is_and_not_asked_for(
+    client: httpx2.Client, worker: PlayedWorker, form: str
+) -> None:
+    url = "https://nobody.invalid/a%20b.png?X-Amz-Signature=1%2F2"
+    body = {"prompt": "?", "images": [url], "do_preprocess": form == "short"}
+    [part] = images_for_worker(client, worker, body)
+    assert (part.image_url.url, part.sha256) == (url, None)
+
+
+def test_an_item_of_a_batch_takes_urls_by_the_same_rules(client: httpx2.Client) -> None:
+    item = {"custom_id": "a", "prompt": "?", "images": ["https://nobody.invalid/a.png"]}
+    response = client.post("/v1/batches", json={"items": [item]})
+    assert response.status_code == 202, response.text
+    item["images"] = ["http://nobody.invalid/a.png"]
+    error = client.post("/v1/batches", json={"items": [item]}).json()["error"]
+    assert (error["code"], error["param"]) == ("image_forbidden", "items.0.images.0")
+
+
 @pytest.mark.parametrize("form", ["short", "messages", "raw"])
 @pytest.mark.parametrize("reference", ["id", "data"])
 def test_a_reference_with_known_bytes_becomes_a_name_in_the_store(
@@ -172,8 +191,6 @@ def test_images_keep_their_order(client: httpx2.Client, worker: PlayedWorker) ->
 @pytest.mark.parametrize(
     "url",
     [
-        "http://169.254.169.254/latest/meta-data",
-        "https://example.org/a.png",
         "file:///etc/passwd",
         "/etc/passwd",
         "img_1",
@@ -186,6 +203,10 @@ def test_images_keep_their_order(client: httpx2.Client, worker: PlayedWorker) ->
         "s3://Pictures/a.png",
         "data:text/plain;base64,aGVsbG8=",
         "data:image/png,rawbytes",
+        "https://",
+        "https://me:word@example.org/a.png",
+        "https://example.org/a b.png",
+        "https://example.org/" + "a" * 8192,
     ],
 )
 def test_other_references_are_refused(client: httpx2.Client, url: str) -> None:
@@ -194,6 +215,26 @@ def test_other_references_are_refused(client: httpx2.Client, url: str) -> None:
     error = response.json()["error"]
     assert error["code"] == "invalid_request"
     assert error["param"] == "images.1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "https://169.254.169.254/latest/meta-data",
+        "https://[::1]:8710/v1/jobs",
+        "http://example.org/a.png",
+    ],
+)
+def test_a_url_that_leads_where_no_image_is_read_is_forbidden(
+    client: httpx2.Client, url: str
+) -> None:
+    body = {"prompt": "?", "images": ["s3://pictures/a", f"{url}?signature=1"]}
+    response = client.post("/v1/jobs", json=body)
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("image_forbidden", "images.1")
+    assert "signature" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ LAZY_IN_VISQ = {
 PART_OF = {
     "amqp": "kombu",
     "botocore": "boto3",
+    "httpcore2": "httpx2",
     "huggingface_hub": "transformers",
     "starlette": "fastapi",
     "tokenizers": "transformers",

@@ -3,7 +3,6 @@ used.
 
 ============ =====================================================================
 `reading`    the bytes behind a path, a URL, a ``data:`` URL or an ``s3://`` name
-`web`        what of it comes over HTTP, and what may not
 `pictures`   bytes and PIL images as pixels, by the rules of the worker
 ============ =====================================================================
 """

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -21,8 +21,13 @@ from visq.errors import (
     ImageUndecodable,
     InvalidRequest,
 )
-from visq.objects import FetchedObject, ObjectStore, open_store, parse_uri
+from visq.objects import FetchedObject, NotModified, ObjectStore, open_store, parse_uri
+from visq.objects.web_ref import is_web, parse_url, public_name
+from visq.objects.web_rules import WebRules
 from visq.settings import Settings
+
+if TYPE_CHECKING:
+    from visq.objects.web import WebReader
 
 _SCHEME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 
@@ -65,10 +70,7 @@ def name_of(source: str | os.PathLike[str]) -> str:
     text = os.fspath(source)
     if text[:5].lower() == "data:":
         return "data URL"
-    if text[:4].lower() == "http":
-        url = urlsplit(text)
-        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
-    return text
+    return public_name(text)
 
 
 def read_bytes(source: str | os.PathLike[str], rules: ReadingRules) -> bytes:
@@ -79,10 +81,9 @@ def read_bytes(source: str | os.PathLike[str], rules: ReadingRules) -> bytes:
     """
     text = os.fspath(source)
     scheme = text.partition(":")[0].lower()
-    if scheme in ("http", "https"):
-        from visq.vl.web import get  # only who fetches needs it
-
-        return get(text, rules)
+    if is_web(text):
+        reader = _web_reader(rules.allow_private, rules.allowed_domains)
+        return _bytes(reader.get(parse_url(text), max_bytes=rules.max_bytes), name_of(text))
     if scheme == "data":
         return _of_data_url(text, rules.max_bytes)
     if scheme == "s3":
@@ -129,13 +130,31 @@ def _of_data_url(url: str, max_bytes: int) -> bytes:
 
 def _of_store(uri: str, max_bytes: int) -> bytes:
     ref = parse_uri(uri)
-    fetched = _store(Settings()).get(ref, max_bytes=max_bytes)
-    if not isinstance(fetched, FetchedObject):
-        raise ImageFetchFailed(f"image {ref} could not be fetched (an answer without bytes)")
-    return fetched.data
+    return _bytes(_store(Settings()).get(ref, max_bytes=max_bytes), ref.uri)
+
+
+def _bytes(answer: FetchedObject | NotModified, name: str) -> bytes:
+    if not isinstance(answer, FetchedObject):
+        raise ImageFetchFailed(f"image {name} could not be fetched (an answer without bytes)")
+    return answer.data
 
 
 @lru_cache(maxsize=4)
 def _store(settings: Settings) -> ObjectStore:
     """A client of S3 takes 0.1 s to make: one for all reads with the same settings."""
     return open_store(settings)
+
+
+@lru_cache(maxsize=4)
+def _web_reader(allow_private: bool, allowed_domains: frozenset[str] | None) -> WebReader:
+    """Its certificates take a moment to load."""
+    from visq.objects.web import WebReader  # only who fetches needs it
+
+    return WebReader(
+        WebRules(
+            plain_http=True,
+            private=allow_private,
+            domains=allowed_domains,
+            advice="load it with `load_image(url, allow_private=True)`",
+        )
+    )

@@ -2,14 +2,15 @@
 
 A load, in order (`media.Media` is the whole of it)::
 
-    "s3://bucket/key"   parse and check access              visq.objects
+    "s3://bucket/key"   parse and check access              visq.objects.images
+    "https://..."
       -> bytes          one fetch for all who ask at once,  fetch.Fetcher
                         through a folder that caches        cache.DiskCache
       -> pixels         in a process of its own             decoders.Decoders
                         by strict rules                     decode
       -> PixelBuffer    in shared memory                    visq.pixels
 
-`Media.load_if_changed` ends at the fetch if the store says that the object is unchanged.
+`Media.load_if_changed` ends at the fetch if the store (or the server) says that it is unchanged.
 """
 
 from worker.media.media import LoadedImage, Media

@@ -1,9 +1,9 @@
 """A folder of objects that were fetched before, bounded in bytes; workers may share it.
 
-One file an object, named by the hash of its name: a line of JSON (name, ETag, SHA-256), then the
-bytes. Files appear by rename, so nobody sees half of one; the SHA-256 is compared at every read, so
-a torn or damaged file is a miss. The time of a file is when it was last used, and the longest
-unused go first.
+One file an object, named by the hash of its name: a line of JSON (ETag, SHA-256, and the name
+without a URL's secrets), then the bytes. Files appear by rename, so nobody sees half of one; the
+SHA-256 is compared at every read, so a torn or damaged file is a miss. The time of a file is when
+it was last used, and the longest unused go first.
 
 The cache makes fetching faster and never fails it: with a full disk or an unwritable folder there
 is no cache, and the log says so once. On a full disk the cache also gives back some of what it has:
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from visq.objects import ObjectRef
+from visq.objects.images import ImageRef
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class DiskCache:
         self._works = self._said = True
         self._warned_at = -_QUIET_SECONDS
 
-    def get(self, ref: ObjectRef) -> CachedObject | None:
+    def get(self, ref: ImageRef) -> CachedObject | None:
         """The object, if it is here and whole."""
         path = self._path(ref)
         try:
@@ -85,9 +85,9 @@ class DiskCache:
             self.drop(ref)
         return found
 
-    def put(self, ref: ObjectRef, found: CachedObject) -> None:
+    def put(self, ref: ImageRef, found: CachedObject) -> None:
         """Keep the object, unless it would take much of the cache."""
-        head = {"uri": ref.uri, "sha256": found.sha256, "etag": found.etag}
+        head = {"uri": str(ref), "sha256": found.sha256, "etag": found.etag}
         content = json.dumps(head).encode() + b"\n" + found.data
         if len(content) > self._max_bytes * _LOOK_SHARE:
             return
@@ -106,7 +106,7 @@ class DiskCache:
         else:
             self._works = True
 
-    def drop(self, ref: ObjectRef) -> None:
+    def drop(self, ref: ImageRef) -> None:
         """Forget the object."""
         with suppress(OSError):  # not there, or not removable: the next read decides again
             self._path(ref).unlink()
@@ -156,7 +156,7 @@ class DiskCache:
                     path.unlink(missing_ok=True)
         return sorted(files)
 
-    def _path(self, ref: ObjectRef) -> Path:
+    def _path(self, ref: ImageRef) -> Path:
         return self._folder / (hashlib.sha256(ref.uri.encode()).hexdigest() + _SUFFIX)
 
     def _warn(self, error: OSError) -> None:
@@ -169,7 +169,7 @@ class DiskCache:
             log.warning("images are fetched without the cache in %s: %s", self._folder, error)
 
 
-def _parse(ref: ObjectRef, content: bytes) -> CachedObject | None:
+def _parse(ref: ImageRef, content: bytes) -> CachedObject | None:
     """What a file of the cache holds; ``None`` if it is not a whole, undamaged file of `ref`."""
     line, _, data = content.partition(b"\n")
     try:
@@ -177,6 +177,6 @@ def _parse(ref: ObjectRef, content: bytes) -> CachedObject | None:
     except ValueError:
         return None
     sha256 = hashlib.sha256(data).hexdigest()
-    if not isinstance(head, dict) or head.get("uri") != ref.uri or head.get("sha256") != sha256:
+    if not isinstance(head, dict) or head.get("uri") != str(ref) or head.get("sha256") != sha256:
         return None
     return CachedObject(data, sha256, head.get("etag"))

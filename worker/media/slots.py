@@ -1,7 +1,8 @@
-"""Who may read from the store now: so many at a time, and a bucket that hangs keeps out no other.
+"""Who may read now: so many at a time, and a place that hangs keeps out no other.
 
-One bucket has at most three quarters of the slots. Of the buckets that wait, the one with the
-fewest readers comes next, and inside a bucket whoever came first.
+A place is a bucket of the store or a host of the web. One has at most three quarters of the slots.
+Of the places that wait, the one with the fewest readers comes next, and inside a place whoever came
+first.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from contextlib import contextmanager
 from typing import Final
 
 from visq.errors import ImageFetchFailed
-from visq.objects import ObjectRef
+from visq.objects.images import ImageRef
+from visq.objects.web_ref import WebRef
 
 _SPARED: Final = 4
-"""Of so many slots, one is not for the bucket that has all others."""
+"""Of so many slots, one is not for the place that has all others."""
 
 
 class Slots:
     """`total` slots; thread-safe."""
 
     def __init__(self, total: int, patience: float) -> None:
-        """:param patience: seconds for which one waits at a bucket of which nobody gets an answer;
+        """:param patience: seconds for which one waits at a place of which nobody gets an answer;
         where others do, one waits for as long as it takes."""
         self._total = total
         self._of_one = total - total // _SPARED
@@ -33,15 +35,15 @@ class Slots:
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, deque[threading.Event]] = {}
         self._answered: dict[str, float] = {}
-        """By bucket that is in use: when its last answer came."""
+        """By place that is in use: when its last answer came."""
 
     @contextmanager
-    def taken(self, ref: ObjectRef) -> Iterator[None]:
+    def taken(self, ref: ImageRef) -> Iterator[None]:
         """Hold a slot for reading `ref`; waits for it.
 
-        :raises ImageFetchFailed: the bucket does not answer, so that no slot becomes free for it.
+        :raises ImageFetchFailed: the place does not answer, so that no slot becomes free for it.
         """
-        bucket = ref.bucket
+        place = _place_of(ref)
         self._take(ref)
         answered = True
         try:
@@ -50,19 +52,19 @@ class Slots:
             answered = False
             raise
         finally:
-            self._give_back(bucket, answered=answered)
+            self._give_back(place, answered=answered)
 
-    def _take(self, ref: ObjectRef) -> None:
-        bucket = ref.bucket
+    def _take(self, ref: ImageRef) -> None:
+        place = _place_of(ref)
         with self._lock:
-            if self._is_free(bucket):
-                self._held[bucket] += 1
+            if self._is_free(place):
+                self._held[place] += 1
                 return
             turn = threading.Event()
-            self._waiting.setdefault(bucket, deque()).append(turn)
+            self._waiting.setdefault(place, deque()).append(turn)
         began = time.monotonic()
         while True:
-            since = max(began, self._answered.get(bucket, began))
+            since = max(began, self._answered.get(place, began))
             left = since + self._patience - time.monotonic()
             if turn.wait(max(left, 0.0)):
                 return
@@ -71,34 +73,38 @@ class Slots:
             with self._lock:
                 if turn.is_set():
                     return
-                self._leave(bucket, turn)
+                self._leave(place, turn)
             raise ImageFetchFailed(
-                f"image {ref} could not be fetched (its bucket has answered nobody for "
+                f"image {ref} could not be fetched ({place} has answered nobody for "
                 f"{self._patience:g} s)"
             )
 
-    def _give_back(self, bucket: str, *, answered: bool) -> None:
+    def _give_back(self, place: str, *, answered: bool) -> None:
         with self._lock:
-            self._held[bucket] -= 1
+            self._held[place] -= 1
             if answered:
-                self._answered[bucket] = time.monotonic()
+                self._answered[place] = time.monotonic()
             while (following := self._next()) is not None:
                 turn = self._waiting[following][0]
                 self._leave(following, turn)
                 self._held[following] += 1
                 turn.set()
-            if not self._held[bucket]:
-                del self._held[bucket]
-                self._answered.pop(bucket, None)
+            if not self._held[place]:
+                del self._held[place]
+                self._answered.pop(place, None)
 
     def _next(self) -> str | None:
-        free = [bucket for bucket in self._waiting if self._is_free(bucket)]
-        return min(free, key=lambda bucket: self._held[bucket], default=None)
+        free = [place for place in self._waiting if self._is_free(place)]
+        return min(free, key=lambda place: self._held[place], default=None)
 
-    def _is_free(self, bucket: str) -> bool:
-        return self._held.total() < self._total and self._held[bucket] < self._of_one
+    def _is_free(self, place: str) -> bool:
+        return self._held.total() < self._total and self._held[place] < self._of_one
 
-    def _leave(self, bucket: str, turn: threading.Event) -> None:
-        self._waiting[bucket].remove(turn)
-        if not self._waiting[bucket]:
-            del self._waiting[bucket]
+    def _leave(self, place: str, turn: threading.Event) -> None:
+        self._waiting[place].remove(turn)
+        if not self._waiting[place]:
+            del self._waiting[place]
+
+
+def _place_of(ref: ImageRef) -> str:
+    return ref.netloc if isinstance(ref, WebRef) else ref.bucket
