@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from pydantic import BaseModel
 
 from visq.client.flows import OUTAGE_SECONDS, RetryPolicy
 from visq.ended import result_of
+from visq.told import Told, ToldOtherwise
 from visq.types import JobStatus, JobView
 
 STABLE_SECONDS: Final = 10.0
@@ -33,31 +35,28 @@ class _Token(BaseModel):
 
 
 class TextStream:
-    """Joins the tokens of a job's stream, over reconnections and over attempts.
+    """Joins the tokens of a job's stream, over reconnections and over attempts (`visq.told`).
 
-    A worker may die while it answers; the next attempt begins again. What it says again is not
-    shown twice. If it says something else (sampling), its whole text follows after a line break.
+    If an attempt says something else than the one before it (sampling), its whole text follows
+    after a line break.
     """
 
     def __init__(self) -> None:
         self.last_event_id: str | None = None
         self.job: JobView | None = None
         """The ended job, after the last event."""
-        self._text = ""
-        """Of the present attempt."""
-        self._shown = ""
+        self._told = Told()
 
     def feed(self, event: ServerSentEvent) -> str:
         """Take the next event and return the text to show for it (often none)."""
         self.last_event_id = event.id or self.last_event_id
         match event.event:
             case "attempt":
-                self._text = ""
+                self._told.begin()
             case "token":
                 said = _Token.model_validate_json(event.data)
                 if said.index == 0:
-                    self._text += said.text
-                    return self._new_text()
+                    return self._new_text(self._told.say, said.text)
             case "end":
                 return self.ended(JobView.model_validate_json(event.data))
         return ""  # or of a kind that a later version has
@@ -67,20 +66,13 @@ class TextStream:
         self.job = job
         if job.status is not JobStatus.SUCCEEDED:
             return ""
-        self._text = result_of(job).text
-        if self._text.rstrip() == self._shown.rstrip():
-            return ""
-        return self._new_text(complete=True)
+        return self._new_text(self._told.end, result_of(job).text)
 
-    def _new_text(self, complete: bool = False) -> str:
-        if self._shown.startswith(self._text) and not complete:
-            return ""  # an attempt says again what is shown already
-        if self._text.startswith(self._shown):
-            new = self._text[len(self._shown) :]
-        else:
-            new = f"\n{self._text}"
-        self._shown = self._text
-        return new
+    def _new_text(self, told: Callable[[str], str], text: str) -> str:
+        try:
+            return told(text)
+        except ToldOtherwise:
+            return f"\n{self._told.start_over()}"
 
 
 class Reconnects:
