@@ -1,20 +1,29 @@
-"""The life of a batch: counters that equal its rows, the window in the broker, cancellation.
+"""The life of a batch: counters that equal its rows, its end, and its cancellation.
 
 An item's end locks the item's row and then its batch's. So nothing here waits for the row of an
-item while it holds that of a batch.
+item while it holds that of a batch. `models.batch_items` adds items, `models.batch_windows` lets
+them into the broker, `models.batch_holds` reads inputs and writes outputs.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 from sqlalchemy.orm import Session
 
+from models import outbox
 from models.database import db_now, fetch
-from models.tables import Batch, Job
+from models.outbox import OutboxEntry
+from models.tables import Batch, BatchEnd, Job, table
 from visq.errors import NotFound
 from visq.types import BatchStatus, JobStatus
+
+TAKING_ITEMS: Final = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
+"""While items may be added, and may start."""
 
 
 def get(session: Session, batch_id: str) -> Batch:
@@ -25,37 +34,123 @@ def get(session: Session, batch_id: str) -> Batch:
     return batch
 
 
-_COUNT_ENDS: Final = {
-    status: update(Batch)
+# --- ends ------------------------------------------------------------------------------------
+
+
+_COUNT_ENDS: Final = (
+    update(Batch)
     .where(Batch.id == bindparam("batch_id"))
-    .values({counter: counter + bindparam("ends")})
+    .values(
+        succeeded=Batch.succeeded + bindparam("new_succeeded"),
+        failed=Batch.failed + bindparam("new_failed"),
+        cancelled=Batch.cancelled + bindparam("new_cancelled"),
+        expired=Batch.expired + bindparam("new_expired"),
+        ends=Batch.ends + bindparam("new_ends"),
+        prompt_tokens=Batch.prompt_tokens + bindparam("new_prompt_tokens"),
+        completion_tokens=Batch.completion_tokens + bindparam("new_completion_tokens"),
+    )
     .returning(
-        Batch.status, Batch.total, Batch.succeeded, Batch.failed, Batch.cancelled, Batch.expired
+        Batch.ends,
+        Batch.total,
+        Batch.succeeded + Batch.failed + Batch.cancelled + Batch.expired,
+        Batch.intake_done,
+        Batch.status,
+        Batch.on_item_error,
     )
     .execution_options(synchronize_session=False)
-    for status, counter in (
-        (JobStatus.SUCCEEDED, Batch.succeeded),
-        (JobStatus.FAILED, Batch.failed),
-        (JobStatus.CANCELLED, Batch.cancelled),
-        (JobStatus.EXPIRED, Batch.expired),
+)
+_NUMBER_ENDS: Final = insert(table(BatchEnd))
+
+
+def count_ends(session: Session, batch_id: str, ended: Sequence[Job]) -> list[OutboxEntry]:
+    """Items have ended: count and number them. The last one ends the batch, and a failed one stops
+    it if it was asked to. Returns the event of the batch's end, if it has ended."""
+    by_status = Counter(job.status for job in ended)
+    usages = [job.result["usage"] for job in ended if job.result is not None]
+    ends, total, finished, intake_done, status, on_item_error = fetch(
+        session,
+        _COUNT_ENDS,
+        {
+            "batch_id": batch_id,
+            "new_succeeded": by_status[JobStatus.SUCCEEDED],
+            "new_failed": by_status[JobStatus.FAILED],
+            "new_cancelled": by_status[JobStatus.CANCELLED],
+            "new_expired": by_status[JobStatus.EXPIRED],
+            "new_ends": len(ended),
+            "new_prompt_tokens": sum(usage["prompt_tokens"] for usage in usages),
+            "new_completion_tokens": sum(usage["completion_tokens"] for usage in usages),
+        },
+    ).one()
+    session.execute(
+        _NUMBER_ENDS,
+        [
+            {"batch_id": batch_id, "number": number, "job_id": job.id}
+            for number, job in enumerate(ended, start=ends - len(ended) + 1)
+        ],
     )
-}
+    stops = on_item_error == "stop" and by_status[JobStatus.FAILED] and status in TAKING_ITEMS
+    if stops:
+        failed = next(job for job in ended if job.status is JobStatus.FAILED)
+        stop(session, batch_id, [_item_failed(failed)])
+    if finished == total and (intake_done or stops):
+        return end(session, batch_id)
+    return []
 
 
-def count_ends(session: Session, batch_id: str, status: JobStatus, ends: int) -> None:
-    """`ends` items have ended with `status`; the last one ends the batch."""
-    batch = fetch(session, _COUNT_ENDS[status], {"batch_id": batch_id, "ends": ends}).one()
-    if batch.succeeded + batch.failed + batch.cancelled + batch.expired == batch.total:
-        cancelling = batch.status is BatchStatus.CANCELLING
-        session.execute(
-            update(Batch)
-            .where(Batch.id == batch_id)
-            .values(
-                status=BatchStatus.CANCELLED if cancelling else BatchStatus.COMPLETED,
-                finished_at=db_now(),
-            ),
-            execution_options={"synchronize_session": False},
-        )
+def _item_failed(job: Job) -> dict[str, Any]:
+    return {
+        "code": "item_failed",
+        "message": f"item {job.custom_id!r} failed ({job.error_code}), and `on_item_error` is "
+        "`stop`",
+        "param": job.custom_id,
+        "line": None if job.position is None else job.position + 1,
+    }
+
+
+def stop(session: Session, batch_id: str, errors: list[dict[str, Any]] | None = None) -> None:
+    """Start and read nothing more of it (the row is locked from here on)."""
+    session.execute(
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.status.in_(TAKING_ITEMS))
+        .values(
+            status=BatchStatus.CANCELLING,
+            cancelling_at=db_now(),
+            intake_done=True,
+            held_until=None,
+            errors=errors,
+        ),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def end(session: Session, batch_id: str) -> list[OutboxEntry]:
+    """All its items have ended (its row is locked): write its output, or end it at once."""
+    batch = _fresh(session, batch_id)
+    if batch.output_uri is not None or batch.input_file_id is not None:
+        batch.status, batch.finalizing_at = BatchStatus.FINALIZING, db_now()
+        batch.held_until = None
+        batch.hold_failures = 0
+        session.flush()
+        return []
+    return close(session, batch)
+
+
+def close(session: Session, batch: Batch) -> list[OutboxEntry]:
+    """There is nothing more to do for it (its row is locked)."""
+    batch.status, batch.finished_at = _final_status(batch), db_now()
+    batch.held_until = None
+    session.flush()
+    session.refresh(batch)  # times that the database computed
+    return [outbox.add_batch(session, batch)]
+
+
+def _final_status(batch: Batch) -> BatchStatus:
+    codes = {error["code"] for error in batch.errors or ()}
+    if batch.expired or "batch_expired" in codes:
+        return BatchStatus.EXPIRED
+    if codes:
+        return BatchStatus.FAILED
+    return BatchStatus.COMPLETED if batch.cancelling_at is None else BatchStatus.CANCELLED
 
 
 def uncount_failed(session: Session, batch_id: str) -> bool:
@@ -66,93 +161,96 @@ def uncount_failed(session: Session, batch_id: str) -> bool:
     reopened = session.scalars(
         update(Batch)
         .where(Batch.id == batch_id, Batch.status != BatchStatus.CANCELLING)
-        .values(failed=Batch.failed - 1, status=BatchStatus.IN_PROGRESS, finished_at=None)
+        .values(
+            failed=Batch.failed - 1,
+            status=BatchStatus.IN_PROGRESS,
+            finalizing_at=None,
+            finished_at=None,
+            cancelling_at=None,
+            errors=None,
+        )
         .returning(Batch.id),
         execution_options={"synchronize_session": False},
     )
     return reopened.one_or_none() is not None
 
 
-_HELD: Final = select(Job.batch_id).where(
-    Job.status == JobStatus.QUEUED, Job.publish_at.is_(None), Job.batch_id.is_not(None)
-)
-_WITH_HELD_ITEMS: Final = (
-    select(Batch.id)
-    .where(Batch.id.in_(_HELD), Batch.status == BatchStatus.IN_PROGRESS)
-    .order_by(Batch.id)
-    # The lock keeps two loops from filling the same window twice.
-    .with_for_update(skip_locked=True)
-)
-_QUEUED_ITEM: Final = (Job.batch_id == bindparam("batch_id"), Job.status == JobStatus.QUEUED)
-_IN_BROKER: Final = (
-    select(func.count()).select_from(Job).where(*_QUEUED_ITEM, Job.publish_at.is_not(None))
-)
-_NEXT_HELD: Final = (
-    select(Job.id)
-    .where(*_QUEUED_ITEM, Job.publish_at.is_(None))
-    .order_by(Job.position)
-    .limit(bindparam("free"))
-    .with_for_update(skip_locked=True)  # an item that ends just now waits for the batch
-)
-_LET_GO: Final = (
-    update(Job)
-    .where(Job.id.in_(bindparam("job_ids", expanding=True)))
-    .values(publish_at=db_now())
-    .execution_options(synchronize_session=False)
-)
+# --- cancellation ----------------------------------------------------------------------------
 
 
-def fill_windows(session: Session, window: int) -> int:
-    """Let held items of each batch into the broker, up to `window` of a batch at a time.
+@dataclass(frozen=True)
+class BatchTransition:
+    """A committed change, and what must be published because of it."""
 
-    Returns the number of items that are now due for publishing (`models.dispatch`).
-    """
-    batch_ids = session.scalars(_WITH_HELD_ITEMS).all()
-    return sum(_fill_window(session, batch_id, window) for batch_id in batch_ids)
-
-
-def _fill_window(session: Session, batch_id: str, window: int) -> int:
-    free = window - (session.scalar(_IN_BROKER, {"batch_id": batch_id}) or 0)
-    if free <= 0:
-        return 0
-    following = session.scalars(_NEXT_HELD, {"batch_id": batch_id, "free": free}).all()
-    session.execute(_LET_GO, {"job_ids": list(following)})
-    return len(following)
+    batch: Batch
+    events: list[OutboxEntry]
 
 
-def request_cancel(session: Session, batch_id: str) -> Batch:
-    """Stop a batch: from now on none of its items starts.
+def request_cancel(session: Session, batch_id: str) -> BatchTransition:
+    """Stop a batch: from now on none of its items starts. If there is nothing to wait for, it ends
+    at once.
 
     The maintenance loop ends the pending items and asks the running ones to stop (`to_cancel`), a
     chunk at a time.
 
     :raises NotFound: no such batch.
     """
-    get(session, batch_id)
-    session.execute(
-        update(Batch)
-        .where(Batch.id == batch_id, Batch.status == BatchStatus.IN_PROGRESS)
-        .values(status=BatchStatus.CANCELLING),
-        execution_options={"synchronize_session": False},
+    before = get(session, batch_id).status
+    stop(session, batch_id)
+    batch = _fresh(session, batch_id)
+    counted = batch.succeeded + batch.failed + batch.cancelled + batch.expired
+    if before in TAKING_ITEMS and batch.status is BatchStatus.CANCELLING and counted == batch.total:
+        events = end(session, batch_id)
+        return BatchTransition(_fresh(session, batch_id), events)
+    return BatchTransition(batch, [])
+
+
+_TO_CANCEL: Final = (
+    select(Job.id)
+    .where(
+        Job.batch_id.in_(
+            select(Batch.id).where(
+                Batch.finished_at.is_(None), Batch.status == BatchStatus.CANCELLING
+            )
+        ),
+        Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
+        Job.cancel_requested_at.is_(None),
     )
-    return session.scalars(
-        select(Batch).where(Batch.id == batch_id).execution_options(populate_existing=True)
-    ).one()
+    .order_by(Job.id)
+    .limit(bindparam("most"))
+)
 
 
 def to_cancel(session: Session, limit: int) -> list[str]:
     """Ids of items to cancel in batches that are being cancelled: those that wait, and those that
     run and were not asked to stop yet (also if they were claimed while the cancellation came)."""
-    cancelling = select(Batch.id).where(Batch.status == BatchStatus.CANCELLING)
-    return list(
-        session.scalars(
-            select(Job.id)
-            .where(
-                Job.batch_id.in_(cancelling),
-                Job.status.in_([JobStatus.QUEUED, JobStatus.RUNNING]),
-                Job.cancel_requested_at.is_(None),
-            )
-            .order_by(Job.id)
-            .limit(limit)
-        )
+    return list(session.scalars(_TO_CANCEL, {"most": limit}))
+
+
+def _fresh(session: Session, batch_id: str) -> Batch:
+    return session.scalars(
+        select(Batch).where(Batch.id == batch_id).execution_options(populate_existing=True)
+    ).one()
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def ended_items(
+    session: Session, batch_id: str, *, after_number: int, limit: int
+) -> list[tuple[int, Job]]:
+    """Items in the order in which they ended, with the numbers of those ends."""
+    rows = session.execute(
+        select(BatchEnd.number, Job)
+        .join(Job, Job.id == BatchEnd.job_id)
+        .where(BatchEnd.batch_id == batch_id, BatchEnd.number > after_number)
+        .order_by(BatchEnd.number)
+        .limit(limit)
     )
+    return [(number, job) for number, job in rows]
+
+
+def latest_end(session: Session, batch_id: str) -> int:
+    """The number of its last end; 0 if there was none."""
+    number = session.scalar(select(func.max(BatchEnd.number)).where(BatchEnd.batch_id == batch_id))
+    return number or 0

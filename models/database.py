@@ -138,6 +138,11 @@ def _scope_by_tenant(state: ORMExecuteState) -> None:
         )
 
 
+def as_tenant(session: Session, tenant_id: str) -> None:
+    """From here on, this session sees only the rows of the tenant."""
+    session.info["tenant_id"] = tenant_id
+
+
 def fetch(
     session: Session, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]
 ) -> Result[*Ts]:
@@ -297,7 +302,8 @@ class AsyncDatabase:
     ) -> R:
         writer = nullcontext() if read_only else self._writer
         async with writer, self._sessions.begin() as session:
-            session.sync_session.info["tenant_id"] = tenant_id
+            if tenant_id is not None:
+                as_tenant(session.sync_session, tenant_id)
             if read_only:
                 await session.connection(execution_options={"visq_read_only": True})
                 return await session.run_sync(function)

@@ -13,7 +13,6 @@ job of it alone.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -118,9 +117,15 @@ def succeed_all(
     events = outbox.add_results(session, [job for _, job, _ in ended])
     for (claim, job, _), event in zip(ended, events, strict=True):
         transitions[claim] = Transition(job, queued=queued.get(claim, []), events=[event])
-    counted = Counter(job.batch_id for _, job, _ in ended if job.batch_id is not None)
-    for batch_id in sorted(counted):
-        batches.count_ends(session, batch_id, JobStatus.SUCCEEDED, counted[batch_id])
+    by_batch: dict[str, list[tuple[Claim, Job]]] = {}
+    for claim, job, _ in ended:
+        if job.batch_id is not None:
+            by_batch.setdefault(job.batch_id, []).append((claim, job))
+    for batch_id in sorted(by_batch):
+        events = batches.count_ends(session, batch_id, [job for _, job in by_batch[batch_id]])
+        last, _ = by_batch[batch_id][-1]
+        if events and (transition := transitions[last]) is not None:
+            transition.events.extend(events)
     return transitions
 
 

@@ -321,6 +321,11 @@ def retry(session: Session, job_id: str) -> Transition:
     job = locked(session, get(session, job_id))
     if job.status is not JobStatus.FAILED:
         raise NotRetriable(f"job {job_id} is {job.status}; only a failed job can be retried")
+    if not job.request:
+        raise NotRetriable(
+            f"job {job_id} is a line of a batch's input that asks nothing that can be done: "
+            f"{job.error_message}"
+        )
     if job.session_id is not None:
         current = sessions.get(session, job.session_id)
         if current.turns != job.turn:

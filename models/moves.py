@@ -216,9 +216,10 @@ def after_end(session: Session, job: Job) -> Transition:
         following = release_next_turn(session, job.session_id)
         if following is not None:
             queued.append(to_publish(following))
+    events = outbox.add_results(session, [job])
     if job.batch_id is not None:
-        batches.count_ends(session, job.batch_id, job.status, 1)
-    return Transition(job, queued=queued, events=outbox.add_results(session, [job]))
+        events += batches.count_ends(session, job.batch_id, [job])
+    return Transition(job, queued=queued, events=events)
 
 
 def to_publish(job: Job) -> QueuedJob:

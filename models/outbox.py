@@ -1,4 +1,5 @@
-"""The outbox: result events that are written with the job's end and published after the commit.
+"""The outbox: events that are written with the end of a job or batch, and published after the
+commit.
 
 The process that ended the job publishes at once; the maintenance loop publishes what was left
 behind (a crash, a broker that was away, a queue that refuses). A reserved row that is not deleted
@@ -15,9 +16,9 @@ from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from models.database import db_now, fetch
-from models.tables import Job, Outbox, Tenant, table
-from models.views import job_view
-from visq.cloudevents import result_event
+from models.tables import Batch, Job, Outbox, Tenant, table
+from models.views import batch_view, job_view
+from visq.cloudevents import batch_event, result_event
 from visq.ids import new_id
 
 GRACE_SECONDS = 3.0
@@ -68,6 +69,21 @@ def add_results(session: Session, jobs: Sequence[Job]) -> list[OutboxEntry]:
         event_id = new_id("evt")
         event = result_event(event_id, names[job.tenant_id], job_view(job))
         entries.append(OutboxEntry(event_id, "result", event))
+    _write(session, entries)
+    return entries
+
+
+def add_batch(session: Session, batch: Batch) -> OutboxEntry:
+    """Write the event that `batch` has ended."""
+    names = dict(fetch(session, _TENANT_NAMES, {"tenant_ids": [batch.tenant_id]}).all())
+    event_id = new_id("evt")
+    event = batch_event(event_id, names[batch.tenant_id], batch_view(batch))
+    entry = OutboxEntry(event_id, "batch", event)
+    _write(session, [entry])
+    return entry
+
+
+def _write(session: Session, entries: Sequence[OutboxEntry]) -> None:
     session.execute(
         _ADD,
         [
@@ -80,7 +96,6 @@ def add_results(session: Session, jobs: Sequence[Job]) -> list[OutboxEntry]:
             for entry in entries
         ],
     )
-    return entries
 
 
 _DUE: Final = (

@@ -22,6 +22,11 @@ def ensure_tenants(session: Session, names: Sequence[str]) -> dict[str, str]:
         if session.scalar(select(Tenant.id).where(Tenant.name == name)) is None:
             with suppress(IntegrityError), session.begin_nested():
                 session.add(Tenant(id=new_id("ten"), name=name))
+    return tenant_ids(session, names)
+
+
+def tenant_ids(session: Session, names: Sequence[str]) -> dict[str, str]:
+    """Name -> id of those tenants that are there."""
     rows = session.execute(select(Tenant.name, Tenant.id).where(Tenant.name.in_(names)))
     return dict(rows.all())
 

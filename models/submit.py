@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from models import sessions
-from models.database import db_now
+from models.batch_items import ImageOrder, NewItem, add_items, stored_request
+from models.database import as_tenant, db_now
 from models.moves import PUBLISH_GRACE_SECONDS, record
 from models.outcomes import QueuedJob
-from models.tables import Batch, Job, JobEvent
+from models.tables import Batch, Job
 from visq.errors import IdempotencyConflict
 from visq.ids import new_id
-from visq.types import BatchRequest, JobKind, JobRequest, JobStatus, Prompt
+from visq.types import BatchRequest, BatchStatus, JobRequest, JobStatus
 
 RowT = TypeVar("RowT", Job, Batch)
 
@@ -85,7 +86,7 @@ def _create_job(
         lane=request.lane,
         session_id=session_id,
         turn=turn,
-        request=_stored(request) | {"on_image_change": request.on_image_change},
+        request=stored_request(request) | {"on_image_change": request.on_image_change},
         meta=request.metadata,
         result_queue=request.result_queue,
         idempotency_key=idempotency_key,
@@ -109,15 +110,21 @@ def submit_batch(
     max_attempts: int,
     idempotency_key: str | None = None,
     fingerprint: str = "",
+    input_uri: str | None = None,
 ) -> SubmittedBatch:
-    """Accept a batch; its items are held until the dispatcher lets them into the broker.
+    """Accept a batch. Its items, if they are in the request, are held until they are let into the
+    broker (`models.batch_windows`); a file of items is read later (`models.batch_holds`).
+
+    :param input_uri: of an uploaded file.
 
     :raises IdempotencyConflict: the key was used with another body.
     """
 
+    as_tenant(session, tenant_id)
+
     def create() -> Batch:
         return _create_batch(
-            session, tenant_id, request, max_attempts, idempotency_key, fingerprint
+            session, tenant_id, request, max_attempts, idempotency_key, fingerprint, input_uri
         )
 
     batch, created = _once(session, Batch, tenant_id, idempotency_key, fingerprint, create)
@@ -131,64 +138,52 @@ def _create_batch(
     max_attempts: int,
     idempotency_key: str | None,
     fingerprint: str,
+    input_uri: str | None,
 ) -> Batch:
+    is_inline = request.items is not None
     batch = Batch(
         id=new_id("bat"),
         tenant_id=tenant_id,
+        status=BatchStatus.IN_PROGRESS if is_inline else BatchStatus.VALIDATING,
         lane=request.lane,
-        total=len(request.items),
+        total=len(request.items or ()),
         meta=request.metadata,
         result_queue=request.result_queue,
+        endpoint=request.endpoint,
+        completion_window=request.completion_window,
+        input_file_id=request.input_file_id,
+        input_uri=input_uri or request.input_uri,
+        output_uri=request.output_uri,
+        options=_options(request),
+        max_attempts=max_attempts,
+        max_in_flight=request.max_in_flight,
+        on_item_error=request.on_item_error,
+        dedupe=request.dedupe,
+        intake_done=is_inline,
         idempotency_key=idempotency_key,
         idempotency_hash=fingerprint,
+        in_progress_at=db_now() if is_inline else None,
+        expires_at=None if request.seconds is None else db_now(request.seconds),
     )
     session.add(batch)
     session.flush()
-    now = session.scalar(select(db_now()))
-    expires_at = (
-        None if request.expires_in is None else session.scalar(select(db_now(request.expires_in)))
-    )
-    job_ids = [new_id("job") for _ in request.items]
-    session.execute(
-        insert(Job),
-        [
-            {
-                "id": job_id,
-                "tenant_id": tenant_id,
-                "kind": JobKind.GENERATE,
-                "status": JobStatus.QUEUED,
-                "lane": request.lane,
-                "batch_id": batch.id,
-                "custom_id": item.custom_id,
-                "position": position,
-                "request": _stored(item, request),
-                "meta": item.metadata,
-                "result_queue": request.result_queue,
-                "max_attempts": max_attempts,
-                "attempt": 0,
-                "failures": 0,
-                "publishes": 0,
-                "expires_at": expires_at,
-                "created_at": now,
-            }
-            for position, (job_id, item) in enumerate(zip(job_ids, request.items, strict=True))
-        ],
-    )
-    session.execute(
-        insert(JobEvent),
-        [
-            {
-                "tenant_id": tenant_id,
-                "job_id": job_id,
-                "at": now,
-                "to_status": JobStatus.QUEUED,
-                "attempt": 0,
-                "reason": "submitted",
-            }
-            for job_id in job_ids
-        ],
-    )
+    session.refresh(batch)  # times that the database computed
+    items = [NewItem(position, item) for position, item in enumerate(request.items or ())]
+    if items:
+        add_items(session, batch, items, ImageOrder()).count_failed()
     return batch
+
+
+def _options(request: BatchRequest) -> dict[str, object]:
+    """What is needed of the request when its input is read and its output written."""
+    options: dict[str, object] = {}
+    if request.gen_config is not None:
+        options["gen_config"] = request.gen_config.model_dump(mode="json", exclude_defaults=True)
+    if request.prompt is not None:
+        options["prompt"] = request.prompt
+    if request.output_expires_after is not None:
+        options["output_seconds"] = request.output_expires_after.seconds
+    return options
 
 
 def _once(
@@ -223,17 +218,6 @@ def _by_key(session: Session, table: type[RowT], tenant_id: str, key: str) -> Ro
     return session.scalars(
         select(table).where(table.tenant_id == tenant_id, table.idempotency_key == key)
     ).one_or_none()
-
-
-def _stored(prompt: Prompt, batch: BatchRequest | None = None) -> dict[str, object]:
-    """The part of a request that a run needs, as `Prompt` reads it back."""
-    gen_config = prompt.gen_config
-    if batch is not None and batch.gen_config and "gen_config" not in prompt.model_fields_set:
-        gen_config = batch.gen_config
-    stored = prompt.model_dump(
-        mode="json", include={"messages", "prompt", "images", "do_preprocess", "adapter_name"}
-    )
-    return stored | {"gen_config": gen_config.model_dump(mode="json", exclude_defaults=True)}
 
 
 def body_fingerprint(request: BaseModel) -> str:

@@ -175,8 +175,8 @@ class Batch(TenantOwned, Base):
     output_uri: Mapped[str | None] = mapped_column(Text)
     output_file_id: Mapped[str | None] = mapped_column(Id)
     error_file_id: Mapped[str | None] = mapped_column(Id)
-    defaults: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
-    """What items have that say nothing else: `gen_config`; for a prefix, `prompt`."""
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    """`models.outcomes.BatchOptions`."""
     max_attempts: Mapped[int] = mapped_column(default=3, server_default=text("3"))
     """Of items that are still to be read."""
     max_in_flight: Mapped[int | None] = mapped_column()
@@ -191,8 +191,12 @@ class Batch(TenantOwned, Base):
     """Whether all items are rows."""
     intake_position: Mapped[int] = mapped_column(default=0, server_default=text("0"))
     """Lines (or images) that were read."""
+    intake_offset: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    """Bytes (of what a packed file holds) that were read."""
     intake_after: Mapped[str | None] = mapped_column(Text)
     """Of a prefix: the last key that was read."""
+    input_etag: Mapped[str | None] = mapped_column(String(255))
+    """Of the file, when its reading began: another one is another file."""
     held_until: Mapped[datetime | None] = mapped_column()
     """Until then a process reads its input or writes its output; others leave it alone."""
     hold: Mapped[int] = mapped_column(default=0, server_default=text("0"))
@@ -372,7 +376,7 @@ class Outbox(Base):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     """Also the id of the event, so that a repeat can be recognised."""
     kind: Mapped[str] = mapped_column(String(16))
-    """``result``; later issues add others."""
+    """``result`` (of a job) or ``batch`` (its end)."""
     payload: Mapped[dict[str, Any]] = mapped_column()
     tries: Mapped[int] = mapped_column(default=0)
     available_at: Mapped[datetime] = mapped_column(default=db_now())

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message
+from visq.batch_files import output_names
 from visq.types import (
     BatchCounts,
+    BatchError,
+    BatchErrors,
+    BatchStatus,
+    BatchUsage,
     BatchView,
     ErrorBody,
     ImageView,
     JobEventView,
     JobResult,
     JobView,
+    RequestCounts,
     SessionView,
     StoredMessage,
 )
@@ -88,14 +94,50 @@ def batch_view(batch: Batch) -> BatchView:
         cancelled=batch.cancelled,
         expired=batch.expired,
     )
+    ended_at = {batch.status: batch.finished_at}
+    written = None if batch.output_uri is None else output_names(batch.output_uri)
     return BatchView(
         id=batch.id,
+        endpoint=batch.endpoint,
         status=batch.status,
+        errors=None
+        if batch.errors is None
+        else BatchErrors(data=[BatchError.model_validate(each) for each in batch.errors]),
+        input_file_id=batch.input_file_id,
+        completion_window=batch.completion_window,
+        output_file_id=batch.output_file_id,
+        error_file_id=batch.error_file_id,
+        created_at=batch.created_at,
+        in_progress_at=batch.in_progress_at,
+        expires_at=batch.expires_at,
+        finalizing_at=batch.finalizing_at,
+        completed_at=ended_at.get(BatchStatus.COMPLETED),
+        failed_at=ended_at.get(BatchStatus.FAILED),
+        expired_at=ended_at.get(BatchStatus.EXPIRED),
+        cancelling_at=batch.cancelling_at,
+        cancelled_at=ended_at.get(BatchStatus.CANCELLED),
+        request_counts=RequestCounts(
+            total=batch.total,
+            completed=batch.succeeded,
+            failed=batch.failed + batch.cancelled + batch.expired,
+        ),
+        usage=BatchUsage(
+            input_tokens=batch.prompt_tokens,
+            output_tokens=batch.completion_tokens,
+            total_tokens=batch.prompt_tokens + batch.completion_tokens,
+        ),
+        metadata=batch.meta,
         lane=batch.lane,
         counts=counts,
-        metadata=batch.meta,
+        intake_done=batch.intake_done,
+        input_uri=batch.input_uri,
+        output_uri=None if written is None else written.output,
+        error_uri=None if written is None else written.errors,
+        summary_uri=None if written is None else written.summary,
+        max_in_flight=batch.max_in_flight,
+        on_item_error="stop" if batch.on_item_error == "stop" else "continue",
+        dedupe=batch.dedupe,
         result_queue=batch.result_queue,
-        created_at=batch.created_at,
         finished_at=batch.finished_at,
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 from kombu import Message
 from pydantic import BaseModel, Field, ValidationError
 
-from visq.types import JobView
+from visq.types import BatchView, JobView
 
 ENDED: Final = "ConsumerEnded"
 """In place of an exception's class: a consumer was killed, or lost the broker."""
@@ -76,17 +76,33 @@ class Failure(BaseModel):
 
 
 class Event(BaseModel):
-    """That a job has ended: the CloudEvents 1.0 envelope, and the job in it."""
+    """That a job or a batch has ended: the CloudEvents 1.0 envelope, and what is in it."""
 
     id: str
     """The same when the event is delivered or published again."""
     type: str
-    """``visq.job.succeeded``, ``.failed``, ``.cancelled`` or ``.expired``."""
+    """``visq.job.succeeded``, ``.failed``, ``.cancelled`` or ``.expired``; after the jobs of a
+    batch, ``visq.batch.completed``, ``.failed``, ``.cancelled`` or ``.expired``."""
     time: datetime
     tenant: str = Field(validation_alias="visqtenant")
-    job: JobView = Field(validation_alias="data")
+    data: JobView | BatchView = Field(discriminator="object")
     failure: Failure | None = None
     """What became of earlier deliveries, of a dead letter too; None if there were none."""
+
+    @property
+    def job(self) -> JobView:
+        """The job that has ended.
+
+        :raises TypeError: the event is about a batch.
+        """
+        if isinstance(self.data, BatchView):
+            raise TypeError(f"event {self.id} is about batch {self.data.id}: look at `event.batch`")
+        return self.data
+
+    @property
+    def batch(self) -> BatchView | None:
+        """The batch that has ended; ``None``: the event is about a job."""
+        return self.data if isinstance(self.data, BatchView) else None
 
 
 def was_redelivered(message: Message) -> bool:

@@ -83,8 +83,14 @@ class Settings(BaseSettings):
     """Attempts before a job fails with ``attempts_exhausted``."""
     retry_backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
     """Wait before the second attempt; doubles with each further one."""
-    batch_window: Annotated[int, Field(ge=1)] = 64
-    """Items of one batch that are in the broker at a time."""
+    batch_window: Annotated[int, Field(ge=0)] = 0
+    """Items of all batches that are in the broker or running at a time; 0: as many as the live
+    workers hold, less an eighth that is kept free for other lanes."""
+    tenant_weights: str = ""
+    """``name=weight`` pairs separated by commas: a tenant of weight 2 gets twice the turns of one
+    of weight 1 (the default) when items of both wait."""
+    max_line_bytes: Annotated[int, Field(gt=0)] = 8 * MIB
+    """Longest line of a batch's input file."""
     result_ttl_seconds: Annotated[int, Field(gt=0)] = 86_400
     """How long Redis keeps a result and a token stream."""
 
@@ -192,6 +198,17 @@ class Settings(BaseSettings):
         parse_image_hosts(value)
         return value
 
+    @field_validator("tenant_weights")
+    @classmethod
+    def _weights_are_pairs(cls, value: str) -> str:
+        parse_weights(value)
+        return value
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """Tenant name -> weight."""
+        return parse_weights(self.tenant_weights)
+
     @cached_property
     def tenants(self) -> dict[str, str]:
         """Tenant name -> secret."""
@@ -242,6 +259,24 @@ def parse_api_keys(text: str) -> dict[str, str]:
             )
         keys[name] = secret
     return keys
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Parse ``name=weight,name=weight`` into a dict.
+
+    :raises ConfigurationError: if a weight is no positive number, or a name comes twice.
+    """
+    weights: dict[str, float] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = (part.strip() for part in pair.partition("="))
+        weight = float(number) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", number) else 0.0
+        if not TENANT_NAME.fullmatch(name) or weight <= 0 or name in weights:
+            raise ConfigurationError(
+                "VISQ_TENANT_WEIGHTS must be `name=weight` pairs separated by commas, with "
+                "distinct names and positive weights"
+            )
+        weights[name] = weight
+    return weights
 
 
 def parse_adapters(text: str) -> dict[str, str]:

@@ -111,9 +111,10 @@ async def list_results(
 async def cancel_batch(here: Here, me: Me, batch_id: BatchIdPath) -> BatchView:
     """From now on none of its items starts. It is `cancelling` until the last one has ended; a
     batch that has ended is left as it is."""
-    batch = await me.database.run(batches.request_cancel, batch_id)
+    cancelled = await me.database.run(batches.request_cancel, batch_id)
     here.maintenance.wake()  # it ends the items that wait, and stops those that run
-    return batch_view(batch)
+    await here.delivery.parcel(events=cancelled.events)
+    return batch_view(cancelled.batch)
 
 
 def _results(session: Session, batch_id: str, after_position: int, limit: int) -> list[Job]:

@@ -6,6 +6,8 @@ Revises: 0003
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
@@ -20,7 +22,7 @@ TIME = sa.DateTime(timezone=True)
 JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 
 
-def _columns() -> list[sa.Column]:
+def _columns() -> list[sa.Column[Any]]:
     # Constant defaults: neither database rewrites the table for them.
     zero = sa.text("0")
     return [
@@ -34,7 +36,7 @@ def _columns() -> list[sa.Column]:
         sa.Column("output_uri", sa.Text()),
         sa.Column("output_file_id", ID),
         sa.Column("error_file_id", ID),
-        sa.Column("defaults", JSON, nullable=False, server_default=sa.text("'{}'")),
+        sa.Column("options", JSON, nullable=False, server_default=sa.text("'{}'")),
         sa.Column("max_attempts", sa.Integer(), nullable=False, server_default=sa.text("3")),
         sa.Column("max_in_flight", sa.Integer()),
         sa.Column(
@@ -44,7 +46,9 @@ def _columns() -> list[sa.Column]:
         sa.Column("errors", JSON),
         sa.Column("intake_done", sa.Boolean(), nullable=False, server_default=sa.true()),
         sa.Column("intake_position", sa.Integer(), nullable=False, server_default=zero),
+        sa.Column("intake_offset", sa.BigInteger(), nullable=False, server_default=zero),
         sa.Column("intake_after", sa.Text()),
+        sa.Column("input_etag", sa.String(255)),
         sa.Column("held_until", TIME),
         sa.Column("hold", sa.Integer(), nullable=False, server_default=zero),
         sa.Column("hold_failures", sa.Integer(), nullable=False, server_default=zero),
@@ -55,7 +59,10 @@ def _columns() -> list[sa.Column]:
     ]
 
 
-JOB_COLUMNS = {"dispatch_order": sa.Integer(), "dedupe_key": sa.String(64)}
+JOB_COLUMNS: dict[str, sa.types.TypeEngine[Any]] = {
+    "dispatch_order": sa.Integer(),
+    "dedupe_key": sa.String(64),
+}
 
 PARTIAL = (
     ("ix_batches_open", "batches", ["id"], "finished_at IS NULL"),

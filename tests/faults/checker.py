@@ -361,7 +361,7 @@ class _Check:
         }
         if batch.total != len(items) or any(counted[s] != n for s, n in counters.items()):
             yield Violation("counters", batch_id, f"says {counters}, the rows say {counted}")
-        ends = {BatchStatus.COMPLETED}
+        ends = {BatchStatus.EXPIRED if counted[S.EXPIRED] else BatchStatus.COMPLETED}
         if batch_id in self._ledger.cancelled:
             ends.add(BatchStatus.CANCELLED)
         if batch.status not in ends or batch.finished_at is None:

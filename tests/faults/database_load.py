@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
-from models import batches, groups, jobs, leases, outbox, reading, sessions, submit
+from models import batch_windows, groups, jobs, leases, outbox, reading, sessions, submit
 from models.database import Database, db_now
 from models.outcomes import Failed, Outcome, Succeeded, Work
 from models.tables import Batch, ChatSession, Job, JobEvent, Message, Outbox
@@ -189,7 +189,7 @@ class Load:
         while not self._stopping.is_set():
             for id_ in self._once(self._read, leases.without_lease, 50) or []:
                 self._ended([self._once(self._run, leases.rescue, id_, backoff_seconds=0.0)])
-            self._once(self._run, batches.fill_windows, 10)
+            self._once(self._run, batch_windows.fill_windows, 10)
             self._deliver(self._once(self._run, outbox.reserve, 50) or [])
             time.sleep(0.05)
 

@@ -26,6 +26,11 @@ class World:
     tenant_id: str
     max_attempts: int = 3
 
+    def another_tenant(self, name: str) -> World:
+        """The same database, called by another tenant."""
+        tenants = self.database.run(reading.ensure_tenants, [name])
+        return World(self.database, tenants[name], self.max_attempts)
+
     def submit(self, *, key: str | None = None, **fields: Any) -> Job:
         if "messages" not in fields:
             fields.setdefault("prompt", "what is this?")

@@ -20,7 +20,7 @@ from sqlalchemy import Update, delete, text, update
 from sqlalchemy.orm import Session
 
 from models.database import Database, TenantSession, UTCDateTime, db_now
-from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Outbox
+from models.tables import Batch, BatchEnd, ChatSession, Image, Job, JobEvent, Message, Outbox
 from tests.models.protocol_state import Ledger, Snapshot, check, look
 from visq.errors import VisqError
 from visq.types import JobStatus
@@ -297,7 +297,7 @@ def differences(before: Snapshot, after: Snapshot) -> set[Any]:
 
 def wipe(session: Session) -> None:
     """Delete all rows but the tenants."""
-    for kind in (Outbox, Message, JobEvent, Job, Batch, ChatSession, Image):
+    for kind in (Outbox, Message, JobEvent, BatchEnd, Job, Batch, ChatSession, Image):
         session.execute(delete(kind), execution_options={"synchronize_session": False})
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from models import batches, jobs, sessions, submit
+from models.batches import BatchTransition
 from models.outcomes import Transition
 from models.submit import SubmittedBatch, SubmittedJob
-from models.tables import Batch, ChatSession
+from models.tables import ChatSession
 from tests.models.protocol_calls import Fate, Reply, differences
 from tests.models.protocol_state import Row
 from tests.models.protocol_world import (
@@ -269,10 +270,10 @@ class ClientRules(World):
         batch_id = self.one_of(self.ids("batch"), pick)
         before = self.calls.state.batches[batch_id].status
 
-        def told(reply: Reply[Batch]) -> None:
+        def told(reply: Reply[BatchTransition]) -> None:
             self.saw(f"cancel {self.name(batch_id)}", reply)
             running = before is BatchStatus.IN_PROGRESS
-            status = reply.expected().status
+            status = reply.expected().batch.status
             if reply.certain:
                 assert status is (BatchStatus.CANCELLING if running else before), status
             if reply.direct and not running:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from models import batches, dispatch, jobs, leases, outbox
+from models import batch_windows, batches, dispatch, jobs, leases, outbox
 from models.dispatch import DueJob
 from models.outbox import OutboxEntry
 from models.outcomes import Transition
@@ -169,7 +169,7 @@ class LoopRules(WorkerRules, ClientRules):
                 changed = differences(reply.before, reply.after)
                 assert changed == expected, [self.name(id_) for id_ in changed]
 
-        self.calls.call(fate, told, batches.fill_windows, WINDOW)
+        self.calls.call(fate, told, batch_windows.fill_windows, WINDOW)
 
     @step(3, limit=LIMITS, broker=BROKER, fate=FATES)
     def publish_due(self, limit: int, broker: str, fate: Fate) -> None:
@@ -263,12 +263,20 @@ def _leaseless(row: Row, state: Snapshot) -> bool:
 
 
 def _next_in_windows(state: Snapshot) -> set[str]:
-    """Items that must be let into the broker now."""
-    following: set[str] = set()
+    """Items that must be let into the broker now: turn by turn, that of the batch with the fewest
+    items in flight."""
+    held: dict[str, list[str]] = {}
+    in_flight: dict[str, int] = {}
     for batch_id, items in state.items().items():
+        queued = [item for item in items if item.status is S.QUEUED]
+        waits = [item.id for item in queued if item.publish_at is None]
+        running = sum(item.status is S.RUNNING for item in items)
+        in_flight[batch_id] = len(queued) - len(waits) + running
         if state.batches[batch_id].status is BatchStatus.IN_PROGRESS:
-            queued = [item for item in items if item.status is S.QUEUED]
-            held = [item.id for item in queued if item.publish_at is None]
-            free = max(0, WINDOW - (len(queued) - len(held)))
-            following.update(held[:free])
+            held[batch_id] = waits
+    following: set[str] = set()
+    while sum(in_flight.values()) < WINDOW and any(held.values()):
+        batch_id = min((in_flight[each], each) for each in held if held[each])[1]
+        following.add(held[batch_id].pop(0))
+        in_flight[batch_id] += 1
     return following

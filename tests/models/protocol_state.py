@@ -6,7 +6,7 @@ the world was told, and how sessions began. `check` raises an `AssertionError` t
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -18,15 +18,14 @@ from sqlalchemy.orm import Session
 
 from models.database import db_now
 from models.moves import SHARED_CRASHES
-from models.tables import Base, Batch, ChatSession, Job, JobEvent, Message, Outbox
-from models.views import job_view
-from visq.types import BatchStatus
+from models.tables import Base, Batch, BatchEnd, ChatSession, Job, JobEvent, Message, Outbox
+from models.views import batch_view, job_view
 from visq.types import JobStatus as S
 
 Row = Any
 """A row with its columns as attributes; equal if all columns are."""
 
-TABLES: tuple[type[Base], ...] = (Job, JobEvent, ChatSession, Message, Batch, Outbox)
+TABLES: tuple[type[Base], ...] = (Job, JobEvent, ChatSession, Message, Batch, BatchEnd, Outbox)
 COLUMNS = {
     kind: [getattr(kind, each.key).label(each.key) for each in inspect(kind).column_attrs]
     for kind in TABLES
@@ -102,10 +101,14 @@ def look(session: Session) -> Snapshot:
     """Read everything, in one transaction."""
     connection = session.connection()
     rows = {
-        kind: {row.id: row for row in connection.execute(statement)}
+        kind: {_key(row): row for row in connection.execute(statement)}
         for kind, statement in ALL_ROWS.items()
     }
     return Snapshot(session.scalars(select(db_now())).one(), rows)
+
+
+def _key(row: Row) -> Any:
+    return row.id if hasattr(row, "id") else (row.batch_id, row.number)
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Ledger:
     origins: dict[str, tuple[int, list[tuple[int, int, str]]]] = field(default_factory=dict)
     """By session: the turns with which it began, and (turn, position, job) of its messages."""
     payloads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Each result event that was ever in the outbox."""
+    """Each event that was ever in the outbox."""
     told: dict[str, int] = field(default_factory=dict)
     """By event: how often it was published and confirmed."""
 
@@ -227,6 +230,12 @@ def _check_events(
 
 
 def _check_new_event(ledger: Ledger, seen: Snapshot, row: Row) -> None:
+    if row.kind == "batch":
+        batch = seen.batches[row.payload["subject"]]
+        shown = batch_view(batch).model_dump(mode="json")
+        assert row.payload["data"] == shown, f"{ledger.name(batch.id)} is not as its event says"
+        assert row.payload["type"] == f"visq.batch.{batch.status}"
+        return
     job = seen.jobs[row.payload["subject"]]
     name = ledger.name(job.id)
     assert job.status.is_terminal, f"{name} is {job.status} and has a result event"
@@ -274,7 +283,7 @@ def _of_succeeded(jobs: list[Row]) -> list[tuple[int, int, str]]:
 
 
 def _check_batches(seen: Snapshot, ledger: Ledger) -> None:
-    items = seen.items()
+    items, ends = seen.items(), _ends(ledger)
     for batch_id, batch in seen.batches.items():
         name, jobs = ledger.name(batch_id), items[batch_id]
         assert [job.position for job in jobs] == list(range(batch.total)), f"{name} lacks items"
@@ -283,9 +292,25 @@ def _check_batches(seen: Snapshot, ledger: Ledger) -> None:
             counted = getattr(batch, status.value)
             assert counted == rows, f"{name} counts {counted} {status}; {rows} are"
         ended = all(job.status.is_terminal for job in jobs)
-        closed = batch.status in (BatchStatus.COMPLETED, BatchStatus.CANCELLED)
+        closed = batch.status.is_terminal
         assert closed == ended, f"{name} is {batch.status}; all of it ended: {ended}"
         assert (batch.finished_at is not None) == ended, f"{name}: {batch.finished_at}"
+        told = [ledger.payloads[event_id]["data"]["status"] for event_id in ends.get(batch_id, [])]
+        assert not ended or told[-1:] == [batch.status], f"{name} is {batch.status}, told {told}"
+        _check_ends(name, batch, jobs, seen)
+
+
+def _check_ends(name: str, batch: Row, jobs: list[Row], seen: Snapshot) -> None:
+    """Each end of an item has the next number, also if the item was retried after it."""
+    numbered = [row for row in seen.rows[BatchEnd].values() if row.batch_id == batch.id]
+    numbers = sorted(row.number for row in numbered)
+    assert numbers == list(range(1, batch.ends + 1)), f"{name} has the ends {numbers}"
+    ended = Counter(
+        event.job_id
+        for event in seen.rows[JobEvent].values()
+        if event.to_status.is_terminal and event.job_id in {job.id for job in jobs}
+    )
+    assert Counter(row.job_id for row in numbered) == ended, f"{name}: an end has no number"
 
 
 def must_run_alone(job: Row) -> bool:

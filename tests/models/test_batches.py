@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from models import batches, dispatch, jobs
+from models import batch_windows, batches, dispatch, jobs
 from models.database import Database
 from models.tables import Batch, Job
 from models.views import batch_view
@@ -32,7 +32,7 @@ def batch(world: World, batch_id: str) -> Batch:
 
 def fill(world: World, window: int) -> list[str]:
     """Fill the windows and take what became due, as the maintenance loop does."""
-    world.database.run(batches.fill_windows, window)
+    world.database.run(batch_windows.fill_windows, window)
     due = world.database.run(dispatch.reserve_due, limit=1000, republish_seconds=3600)
     return [each.job.id for each in due]
 
@@ -58,20 +58,80 @@ def test_counters_equal_the_rows_and_the_last_end_completes_the_batch(world: Wor
     }
 
 
-def test_only_a_window_of_each_batch_is_in_the_broker_and_room_is_filled(world: World) -> None:
+def test_batches_take_turns_in_one_window_and_room_in_it_is_filled(world: World) -> None:
     large, small = world.submit_batch(10), world.submit_batch(2)
-    first_of_large = ids(world, large)
-    assert fill(world, 4) == sorted([*first_of_large[:4], *ids(world, small)])
+    of_large, of_small = ids(world, large), ids(world, small)
+    assert fill(world, 4) == sorted([*of_large[:2], *of_small])
     assert fill(world, 4) == []
 
-    world.succeed(first_of_large[0])
-    world.claimed(first_of_large[1])
-    assert fill(world, 4) == first_of_large[4:6]
+    world.claimed(of_large[0])
+    assert fill(world, 4) == [], "an item that runs takes its place in the window"
+    world.succeed(of_small[0])
+    assert fill(world, 4) == [of_large[2]]
+
+
+def test_a_second_tenant_gets_every_turn_until_its_share_is_as_large(world: World) -> None:
+    other = world.another_tenant("other")
+    first = ids(world, world.submit_batch(20))
+    assert fill(world, 6) == first[:6]
+    batch_id = other.submit_batch(20)
+    theirs = ids(other, batch_id)
+    for done in range(3):
+        world.succeed(first[done])
+        assert fill(world, 6) == [theirs[done]]
+    world.succeed(first[3])
+    other.succeed(theirs[0])
+    assert fill(world, 6) == [first[6], theirs[3]]
+
+
+def test_many_batches_of_one_tenant_have_no_more_turns_than_one(world: World) -> None:
+    other = world.another_tenant("other")
+    several = [world.submit_batch(10) for _ in range(3)]
+    one = other.submit_batch(10)
+    filled = fill(world, 6)
+    assert sorted(ids(other, one)[:3]) == sorted(set(filled) & set(ids(other, one)))
+    assert all(len(set(filled) & set(ids(world, each))) == 1 for each in several)
+
+
+def test_a_tenant_of_twice_the_weight_has_twice_the_turns(world: World) -> None:
+    other = world.another_tenant("other")
+    heavy, light = ids(world, world.submit_batch(20)), ids(other, other.submit_batch(20))
+    world.database.run(batch_windows.fill_windows, 9, {world.tenant_id: 2.0})
+    due = world.database.run(dispatch.reserve_due, limit=1000, republish_seconds=3600)
+    assert sorted(each.job.id for each in due) == sorted([*heavy[:6], *light[:3]])
+
+
+def test_a_batch_has_no_more_in_flight_than_it_may_and_the_others_have_the_rest(
+    world: World,
+) -> None:
+    modest, other = world.submit_batch(10, max_in_flight=1), world.submit_batch(10)
+    assert fill(world, 6) == sorted([*ids(world, modest)[:1], *ids(world, other)[:5]])
+
+
+def test_turns_that_a_batch_cannot_use_go_to_the_others(world: World) -> None:
+    short, long = world.submit_batch(1), world.submit_batch(10)
+    assert fill(world, 8) == sorted([*ids(world, short), *ids(world, long)[:7]])
+
+
+def test_items_with_the_same_image_start_together(world: World) -> None:
+    pictures = ["a", "b", "c", "a", "b", "a"]
+    batch_id = world.submit_batch(
+        0,
+        items=[
+            {"custom_id": str(n), "prompt": "x", "images": [f"s3://photos/{name}.png"]}
+            for n, name in enumerate(pictures)
+        ],
+    )
+    items = ids(world, batch_id)
+    assert fill(world, 3) == sorted([items[0], items[3], items[5]])
+    for done in (items[0], items[3], items[5]):
+        world.succeed(done)
+    assert fill(world, 3) == sorted([items[1], items[4], items[2]])
 
 
 def test_no_more_is_taken_than_asked_for(world: World) -> None:
     world.submit_batch(12)
-    assert world.database.run(batches.fill_windows, 8) == 8
+    assert world.database.run(batch_windows.fill_windows, 8) == 8
     for expected in (3, 3, 2):
         due = world.database.run(dispatch.reserve_due, limit=3, republish_seconds=3600)
         assert len(due) == expected
@@ -138,7 +198,7 @@ def test_nothing_waits_for_an_item_while_it_holds_the_batch(
         if locked_by == "cancel":
             other.run(batches.request_cancel, batch_id)
         else:
-            other.run(batches.fill_windows, 10)
+            other.run(batch_windows.fill_windows, 10)
 
     def end_an_item(session: Session) -> threading.Thread:
         session.scalars(select(Job).where(Job.id == first).with_for_update()).one()

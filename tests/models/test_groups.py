@@ -93,7 +93,8 @@ def test_a_group_of_successes_is_as_the_successes_alone(world: World) -> None:
     works = [world.claimed(job_id) for job_id in group]
     transitions = succeed_all(world, *works)
 
-    assert outbox_of(world) == set(group)
+    assert outbox_of(world) == {*group, batch_id}
+    told: list[str] = []
     for work in works:
         transition = transitions[work.claim]
         assert transition is not None
@@ -102,10 +103,12 @@ def test_a_group_of_successes_is_as_the_successes_alone(world: World) -> None:
         assert row.result is not None
         assert row.result["text"] == f"answer to {row.id}"
         assert row.lease_expires_at is None
-        [entry] = transition.events
+        entry, *ends = transition.events
+        told += [end.payload["type"] for end in ends]
         assert entry.payload["subject"] == row.id
         assert entry.payload["data"]["result"]["text"] == row.result["text"]
         assert world.history(row.id)[-1] == (S.RUNNING, S.SUCCEEDED, 1)
+    assert told == ["visq.batch.completed"]
     released = transitions[works[0].claim]
     assert released is not None
     assert [job.id for job in released.queued] == [following.id]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
@@ -220,29 +221,143 @@ class JobRequest(Prompt):
 
 
 class BatchItem(Prompt):
-    """One item of a batch."""
+    """One item of a batch: a line of its file, or one of its ``items``."""
 
     custom_id: Annotated[str, Field(min_length=1, max_length=128)]
     """The caller's name of the item, unique in its batch."""
+    session_id: SessionId | None = None
+    """The stored session that this item continues."""
+    session: NewSession | None = None
+    """``{}`` opens a session with this item as its first turn."""
+    after: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """`custom_id` of an item before it in the batch, which is in a session: this one is the next
+    turn of that session."""
     metadata: Metadata = Field(default_factory=dict)
+    on_image_change: Literal["fail", "accept"] = "fail"
+    """What to do if an image of the session's history has changed since it was shown."""
+
+    @model_validator(mode="after")
+    def _one_session(self) -> BatchItem:
+        given = [self.session_id, self.session, self.after]
+        if len(given) - given.count(None) > 1:
+            raise ValueError("give one of `session_id`, `session` and `after`, not several")
+        if given.count(None) < len(given) and not self.do_preprocess:
+            raise ValueError("a raw prompt (`do_preprocess: false`) cannot be part of a session")
+        return self
+
+
+class ExpiresAfter(Wire):
+    """When an output file is deleted: OpenAI's form."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
+
+
+ObjectUri = Annotated[str, Field(pattern="^s3://", min_length=8, max_length=1200)]
+
+MAX_EXPIRES_SECONDS: Final = 30 * 86_400
+
+_WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_WINDOW_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class BatchRequest(Wire):
-    """Body of ``POST /v1/batches``."""
+    """Body of ``POST /v1/batches``: its items inline, the name of a file that lies in the object
+    store, or (OpenAI's form) the id of an uploaded file."""
 
-    items: Annotated[list[BatchItem], Field(min_length=1, max_length=10_000)]
+    items: Annotated[list[BatchItem], Field(min_length=1, max_length=10_000)] | None = None
+    input_uri: ObjectUri | None = None
+    """``s3://bucket/in.jsonl`` (also ``.jsonl.gz``, ``.parquet``), one item a line; or, with
+    ``prompt``, a prefix that ends with ``/``: every image under it is an item."""
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)] | None = None
+    """What to ask of every image under a prefix."""
+    output_uri: ObjectUri | None = None
+    """Where the results are written in input order when all items have ended: a ``.jsonl``,
+    ``.jsonl.gz`` or ``.parquet`` name, or a prefix that ends with ``/``. Errors and a summary are
+    written beside it."""
+
+    input_file_id: Annotated[str, Field(pattern="^fil_[0-9a-f]{32}$")] | None = None
+    """An upload of ``POST /v1/files``, in OpenAI's format."""
+    endpoint: Literal["/v1/chat/completions"] | None = None
+    """With ``input_file_id``: whose requests the file holds."""
+    completion_window: Annotated[str, Field(max_length=16)] | None = None
+    """With ``input_file_id``: after which time it expires: ``24h``, ``90m``, ``7d``."""
+    output_expires_after: ExpiresAfter | None = None
+    """With ``input_file_id``: when its output files are deleted."""
+
     lane: Lane = Lane.BATCH
     gen_config: GenerationConfig | None = None
     """Default for items that give none."""
-    expires_in: Annotated[float, Field(gt=0, le=30 * 86_400)] | None = None
+    max_in_flight: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Most items that are at the workers at a time; by default as many as the workers hold."""
+    expires_in: Annotated[float, Field(gt=0, le=MAX_EXPIRES_SECONDS)] | None = None
+    """Seconds from now after which items that have not ended end as ``expired``."""
+    on_item_error: Literal["continue", "stop"] = "continue"
+    """``stop``: the first item that fails cancels those that have not ended."""
+    dedupe: bool = False
+    """Items that ask for the same (greedily, or with a seed) are done once; the others get its
+    answer, and say so in ``result.duplicate_of``."""
+    dry_run: bool = False
+    """Only count what there is to do, and estimate how long it would take."""
     metadata: Metadata = Field(default_factory=dict)
     result_queue: QueueName | None = None
 
+    @field_validator("completion_window")
+    @classmethod
+    def _window_is_a_time(cls, value: str | None) -> str | None:
+        if value is not None and not 0 < window_seconds(value) <= MAX_EXPIRES_SECONDS:
+            raise ValueError("a window is a time such as `24h`, of 30 days at most")
+        return value
+
     @model_validator(mode="after")
-    def _unique_custom_ids(self) -> BatchRequest:
+    def _fits(self) -> BatchRequest:
+        sources = [self.items, self.input_uri, self.input_file_id]
+        if sources.count(None) != 2:
+            raise ValueError("give one of `items`, `input_uri` and `input_file_id`")
+        self._check_items()
+        self._check_uris()
+        openai = {"endpoint", "completion_window", "output_expires_after"}
+        if self.input_file_id is None:
+            if alien := sorted(openai & self.model_fields_set):
+                raise ValueError(f"`{alien[0]}` goes with `input_file_id`")
+        elif self.endpoint is None:
+            raise ValueError("`endpoint` is missing: `/v1/chat/completions`")
+        elif self.output_uri is not None:
+            raise ValueError("the output of an uploaded file is a file too; leave out `output_uri`")
+        elif self.expires_in is not None and self.completion_window is not None:
+            raise ValueError("give `expires_in` or `completion_window`, not both")
+        return self
+
+    def _check_items(self) -> None:
         seen: set[str] = set()
-        for item in self.items:
+        for item in self.items or ():
             if item.custom_id in seen:
                 raise ValueError(f"`custom_id` {item.custom_id!r} is given twice")
+            if item.after is not None and item.after not in seen:
+                raise ValueError(
+                    f"item {item.custom_id!r} comes after {item.after!r}, which is none before it"
+                )
             seen.add(item.custom_id)
-        return self
+
+    def _check_uris(self) -> None:
+        is_prefix = self.input_uri is not None and self.input_uri.endswith("/")
+        if is_prefix and self.prompt is None:
+            raise ValueError(
+                "`input_uri` ends with `/`, so it is a prefix of images: say in `prompt` what to "
+                "ask of them"
+            )
+        if self.prompt is not None and not is_prefix:
+            raise ValueError("`prompt` goes with an `input_uri` that ends with `/`")
+
+    @property
+    def seconds(self) -> float | None:
+        """After which it expires."""
+        if self.expires_in is not None or self.completion_window is None:
+            return self.expires_in
+        return window_seconds(self.completion_window)
+
+
+def window_seconds(window: str) -> float:
+    """Seconds of a ``completion_window``; 0 if it is none."""
+    found = _WINDOW.fullmatch(window)
+    return 0.0 if found is None else float(int(found[1]) * _WINDOW_SECONDS[found[2]])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, PlainSerializer, computed_field
 
 from visq.errors import type_of
 from visq.types.requests import ImagePart, JobKind, Lane, TextPart
@@ -91,6 +91,8 @@ class JobResult(Choice):
     model: str
     choices: list[Choice] | None = None
     """If `n` > 1: all choices, the first one included."""
+    duplicate_of: str | None = None
+    """In a batch with `dedupe`: the `custom_id` of the item that this answer was made for."""
     ppl: float | None = None
     """If `return_ppl`: mean negative log likelihood (natural) of the prompt's tokens, each given
     those before it."""
@@ -179,22 +181,143 @@ class BatchCounts(BaseModel):
 
 
 class BatchStatus(StrEnum):
+    """Where a batch is in its life; the names are OpenAI's."""
+
+    VALIDATING = "validating"
+    """Nothing of its input was read yet."""
     IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    """All items have ended; its output is being written."""
     CANCELLING = "cancelling"
     COMPLETED = "completed"
+    """Every item has ended, whatever its end."""
+    FAILED = "failed"
+    """Its input cannot be read, or an item failed and `on_item_error` is `stop`."""
+    EXPIRED = "expired"
     CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in BATCH_ENDS
+
+
+BATCH_ENDS: Final = frozenset(
+    {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
+)
+
+UnixTime = Annotated[
+    datetime, PlainSerializer(lambda at: int(at.timestamp()), int, when_used="json")
+]
+"""In JSON whole seconds since 1970, as in all of OpenAI's objects."""
+
+
+class BatchError(BaseModel):
+    """Why a batch failed as a whole."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class BatchErrors(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class RequestCounts(BaseModel):
+    """OpenAI's counters."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class TokenDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class ReasoningDetails(BaseModel):
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(BaseModel):
+    """Tokens of the items that succeeded, in OpenAI's form."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: TokenDetails = TokenDetails()
+    output_tokens_details: ReasoningDetails = ReasoningDetails()
 
 
 class BatchView(BaseModel):
+    """A batch as the API shows it: OpenAI's object, and visq's own fields beside."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
     object: Literal["batch"] = "batch"
+    endpoint: str | None = None
+    """`/v1/chat/completions` of a batch in OpenAI's form."""
     status: BatchStatus
+    errors: BatchErrors | None = None
+    """Why it failed as a whole."""
+    input_file_id: str | None = None
+    completion_window: str | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: UnixTime
+    in_progress_at: UnixTime | None = None
+    expires_at: UnixTime | None = None
+    finalizing_at: UnixTime | None = None
+    completed_at: UnixTime | None = None
+    failed_at: UnixTime | None = None
+    expired_at: UnixTime | None = None
+    cancelling_at: UnixTime | None = None
+    cancelled_at: UnixTime | None = None
+    request_counts: RequestCounts
+    usage: BatchUsage
+    metadata: dict[str, str]
+
     lane: Lane
     counts: BatchCounts
-    metadata: dict[str, str]
+    """By the ends of its items."""
+    intake_done: bool = True
+    """Whether its input was read to the end: until then `total` grows."""
+    input_uri: str | None = None
+    output_uri: str | None = None
+    error_uri: str | None = None
+    """Where the errors are written, if it has an `output_uri`."""
+    summary_uri: str | None = None
+    max_in_flight: int | None = None
+    on_item_error: Literal["continue", "stop"] = "continue"
+    dedupe: bool = False
     result_queue: str | None = None
-    created_at: datetime
-    finished_at: datetime | None = None
+    finished_at: UnixTime | None = None
+
+
+class BatchEstimate(BaseModel):
+    """What a batch would be (`dry_run`)."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    object: Literal["batch.estimate"] = "batch.estimate"
+    items: int
+    invalid_items: int
+    """Items that would fail for what they say."""
+    errors: list[BatchError]
+    """The first of those."""
+    images: int
+    """References to images."""
+    distinct_images: int | None
+    """Of them; null if there are too many to tell apart."""
+    prompt_tokens: int | None
+    """Estimated from the latest jobs; null if there are none to compare with."""
+    max_completion_tokens: int | None
+    """If every answer is as long as it may be; null if one has no limit."""
+    seconds: float | None
+    """At the present speed of the workers, with nothing else to do; null if none is known."""
 
 
 class ImageView(BaseModel):
@@ -214,6 +337,9 @@ class ModelView(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
+    created: int
+    """Unix seconds: when the first of its workers was up; 0: not known."""
+    owned_by: Literal["visq"] = "visq"
     engine: str
     device: str
     workers: int

@@ -146,9 +146,13 @@ class Courier:
         return published, postponed, outages[-1] if outages else None
 
     def _write_ends(self, entries: Sequence[OutboxEntry]) -> list[redis.RedisError | None]:
-        """Tell Redis, in one round trip; what it refuses does not go to the broker either."""
+        """Tell Redis of the jobs, in one round trip; what it refuses does not go to the broker
+        either."""
+        jobs = [entry for entry in entries if entry.kind == "result"]
         try:
-            return self.events.end_all([entry.payload["data"] for entry in entries])
+            refused = self.events.end_all([entry.payload["data"] for entry in jobs])
+            by_id = {entry.id: refusal for entry, refusal in zip(jobs, refused, strict=True)}
+            return [by_id.get(entry.id) for entry in entries]
         except redis.RedisError as error:
             raise Unavailable(f"Redis does not answer ({type(error).__name__})") from error
 

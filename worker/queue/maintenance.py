@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from sqlalchemy.orm import Session
 
-from models import batches, dispatch, jobs, leases, outbox
+from models import batch_windows, batches, dispatch, jobs, leases, outbox
 from models.database import Database
 from models.outcomes import Transition
 from visq import points
@@ -24,13 +24,14 @@ from visq.errors import Unavailable
 from visq.settings import Settings
 from visq.types import JobStatus
 from worker.queue.courier import Courier
+from worker.queue.window import Window
 
 log = structlog.get_logger(__name__)
 
 CHUNK = 200
 """Rows that one step of a round takes."""
 
-SHORTEST_PAUSE = 0.1
+SHORTEST_PAUSE = 0.05
 """Seconds between two rounds, however often the loop is woken."""
 
 EVENTS_SECONDS: Final = 8.0
@@ -49,6 +50,7 @@ class Maintenance:
         self._settings = settings
         self._database = database
         self._courier = courier
+        self._window = Window(settings, database, courier.redis)
         self._stopping = threading.Event()
         self._woken = threading.Event()
         self._whole = False
@@ -146,9 +148,11 @@ class Maintenance:
         self._each(ids, jobs.cancel)
 
     def fill_windows(self) -> None:
-        """Let the next items of each batch into the broker."""
+        """Let the next items of batches into the broker."""
         with self._outage_noted():
-            self._database.run(batches.fill_windows, self._settings.batch_window)
+            self._database.run(
+                batch_windows.fill_windows, self._window.most(), self._window.weights()
+            )
 
     def publish_jobs(self) -> None:
         """Publish queued jobs that are due, and again those that the broker seems to have lost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -30,7 +31,7 @@ class Watched(Maintenance):
 
     def __init__(self, maintenance_seconds: float, folder: Path) -> None:
         settings = Settings(data=folder, maintenance_seconds=maintenance_seconds)
-        super().__init__(settings, cast("Database", None), cast("Courier", None))
+        super().__init__(settings, cast("Database", None), cast("Courier", SimpleNamespace(redis=None)))
         self.steps: list[str] = []
         """All but those of the events."""
         self.events = 0
