@@ -51,9 +51,11 @@ class Answer:
     status: int
     headers: dict[str, str]
     body: bytes
+    bodiless: int | None = None
+    """Of an answer to HEAD: the length that it announces."""
 
     def pass_on(self) -> None:
-        self.write_head(len(self.body))
+        self.write_head(len(self.body) if self.bodiless is None else self.bodiless)
         self.handler.wfile.write(self.body)
 
     def head(self, length: int) -> bytes:
@@ -125,6 +127,13 @@ class Refuse:
         text = f"<Error><Code>{self.code}</Code><Message>a lie</Message></Error>".encode()
         answer.status, answer.headers, answer.body = self.status, {}, text
         answer.pass_on()
+
+
+@dataclass(frozen=True)
+class Unheard(Refuse):
+    """An error, and the real endpoint never gets the request."""
+
+    code: str = "InternalError"
 
 
 @dataclass(frozen=True)
@@ -206,8 +215,11 @@ class _Lie:
     fault: Fault
     of: str
     left: int | None
+    method: str
 
-    def matches(self, path: str) -> bool:
+    def matches(self, method: str, path: str) -> bool:
+        if self.left == 0 or method != self.method:
+            return False
         return path.startswith(self.of) if self.of.endswith("/") or not self.of else path == self.of
 
 
@@ -272,14 +284,16 @@ class LyingStore:
         """Settings that make visq use it."""
         return {**self._upstream.environment, "VISQ_S3_ENDPOINT_URL": self.url}
 
-    def lie(self, fault: Fault, of: str = "", *, times: int | None = None) -> None:
-        """Misbehave at reads of an object (``bucket/key``), a bucket (``bucket/``) or anything.
+    def lie(
+        self, fault: Fault, of: str = "", *, times: int | None = None, method: str = "GET"
+    ) -> None:
+        """Misbehave at requests for an object (``bucket/key``), a bucket (``bucket/``) or anything.
 
         :param times: so often, then no longer; ``None``: until `heal`. Of several lies that fit,
             the first one that is not used up is told.
         """
         with self._lock:
-            self._lies.append(_Lie(fault, of, times))
+            self._lies.append(_Lie(fault, of, times, method))
 
     def lie_at_random(self, faults: Sequence[Fault], *, share: float, seed: int) -> None:
         """Misbehave at `share` of all reads of objects, until `heal`."""
@@ -314,7 +328,7 @@ class LyingStore:
         fault = self._fault(handler, path)
         try:
             with self._counted(path):
-                answer = self._ask(handler, released)
+                answer = self._ask(handler, released, heard=not isinstance(fault, Unheard))
                 if fault is None:
                     answer.pass_on()
                 else:
@@ -335,29 +349,35 @@ class LyingStore:
     def _fault(self, handler: BaseHTTPRequestHandler, path: str) -> Fault | None:
         found: Fault | None = None
         with self._lock:
-            if handler.command == "GET" and "/" in path:
-                self._numbers[path] += 1
-                lie = next(
-                    (each for each in self._lies if each.left != 0 and each.matches(path)), None
-                )
+            if "/" in path:
+                method = handler.command
+                self._numbers[path] += method == "GET"
+                lie = next((each for each in self._lies if each.matches(method, path)), None)
                 if lie is not None:
                     found = lie.fault
                     lie.left = None if lie.left is None else lie.left - 1
-                elif self._chance is not None:
+                elif self._chance is not None and method == "GET":
                     found = self._chance.of(path, self._numbers[path])
             self.requests.append(Asked(handler.command, path, found, dict(handler.headers)))
         return found
 
-    def _ask(self, handler: BaseHTTPRequestHandler, released: threading.Event) -> Answer:
-        """Ask the real endpoint."""
+    def _ask(
+        self, handler: BaseHTTPRequestHandler, released: threading.Event, *, heard: bool
+    ) -> Answer:
+        """Ask the real endpoint, if it is to hear of this."""
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        if not heard:
+            return Answer(handler, released, 500, {}, b"")
         connection = HTTPConnection("127.0.0.1", self._upstream.port, timeout=30)
         try:
             headers = {n: v for n, v in handler.headers.items() if n.lower() != "expect"}
             connection.request(handler.command, handler.path, body, headers)
             found = connection.getresponse()
             kept = {n: v for n, v in found.getheaders() if n.lower() not in _NOT_PASSED_ON}
-            return Answer(handler, released, found.status, kept, found.read())
+            of_head = (
+                int(found.headers["Content-Length"] or 0) if handler.command == "HEAD" else None
+            )
+            return Answer(handler, released, found.status, kept, found.read(), of_head)
         finally:
             connection.close()
 

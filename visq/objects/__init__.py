@@ -1,4 +1,4 @@
-"""The object store: where images lie, by ``s3://bucket/key`` names.
+"""The object store: where images and files lie, by ``s3://bucket/key`` names.
 
 `ref` is a name, parsed once; `store` is what every store can do; `s3` and `folder` are the two
 stores. Which one a process uses is a setting: `open_store`.
@@ -11,12 +11,20 @@ from urllib.parse import unquote, urlsplit
 
 from visq.errors import ConfigurationError
 from visq.objects.ref import ObjectRef, check_access, parse_uri
-from visq.objects.store import FetchedObject, NotModified, ObjectStore
+from visq.objects.store import (
+    FetchedObject,
+    ListedObject,
+    NotModified,
+    ObjectInfo,
+    ObjectStore,
+)
 from visq.settings import Settings
 
 __all__ = [
     "FetchedObject",
+    "ListedObject",
     "NotModified",
+    "ObjectInfo",
     "ObjectRef",
     "ObjectStore",
     "check_access",

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 _PING_SECONDS: Final = 3.0
 _CHUNK: Final = 1024 * 1024
+_PAGE_KEYS: Final = 1000
+"""S3's own limit."""
 
 
 class S3Store:
@@ -122,7 +124,11 @@ class S3Store:
         check_listing(bucket, prefix, after or "")
         more = True
         while more:
-            request: ListObjectsV2RequestTypeDef = {"Bucket": bucket, "Prefix": prefix}
+            request: ListObjectsV2RequestTypeDef = {
+                "Bucket": bucket,
+                "Prefix": prefix,
+                "MaxKeys": _PAGE_KEYS,
+            }
             if after:
                 # Not a continuation token: those run out while a reader is slow.
                 request["StartAfter"] = after

@@ -20,8 +20,7 @@ from visq.errors import (
     ImageTooLarge,
     Unavailable,
 )
-from visq.objects import ObjectRef, ObjectStore, open_store, parse_uri
-from visq.objects import s3_calls
+from visq.objects import ObjectRef, ObjectStore, open_store, parse_uri, s3_calls
 from visq.settings import Settings
 
 SECRET = "a-secret-that-no-message-may-hold"
