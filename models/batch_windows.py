@@ -5,7 +5,7 @@ At most `most` items of all batches are *in flight* (in the broker, or running) 
 has the fewest of them in flight, by the tenant's weight, is next. Since all of them wait in one
 queue, what a tenant has in flight is its share of the workers (Little's law), whatever its items
 cost: 50,000 items of one tenant delay another one by one turn of the window, and a cancel takes
-effect at once. (docs/decisions/012-fair-windows.md)
+effect at once. (docs/decisions/013-fair-windows.md)
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from api.json_body import parse
 from tests.api.conftest import settings_for
 from tests.api.running import RunningApi
 from visq.errors import InvalidRequest, MalformedBody
 from visq.types import JobRequest
+from visq.validation import parse
 
 JSON = {"Content-Type": "application/json"}
 
