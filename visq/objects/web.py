@@ -42,7 +42,8 @@ _MAX_ADDRESSES: Final = 4
 
 _HEADERS: Final = (
     ("User-Agent", f"visq/{__version__}"),
-    ("Accept", "image/*, */*;q=0.1"),
+    # Named, since many servers answer `image/*` with AVIF.
+    ("Accept", "image/png, image/jpeg, image/webp, image/gif, image/bmp, */*;q=0.1"),
     ("Accept-Encoding", "identity"),  # nothing is unpacked: that could be any size
     ("Connection", "close"),
 )

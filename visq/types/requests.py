@@ -93,10 +93,11 @@ class TextPart(_Part):
 
 
 class ImageUrl(Wire):
-    """A reference to an image, in one of the three forms that the API takes."""
+    """A reference to an image, in one of the forms that the API takes."""
 
     url: Annotated[str, Field(min_length=1, max_length=30_000_000)]
-    """``s3://bucket/key[?versionId=...]``, a ``data:`` URL, or an upload's id (``img_...``)."""
+    """``s3://bucket/key[?versionId=...]``, an ``https://`` or ``data:`` URL, or an upload's id
+    (``img_...``)."""
     detail: Literal["auto", "low", "high"] | None = None
     """Accepted for compatibility with OpenAI's message format; has no effect."""
 

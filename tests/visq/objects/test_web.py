@@ -93,6 +93,16 @@ def test_a_body_may_come_in_chunks_or_end_with_the_connection(site: Website) -> 
         assert read(reader(site), url) == FetchedObject(b"abcde", None)
 
 
+def test_a_password_goes_to_its_own_server_only(site: Website) -> None:
+    with Website() as other:
+        other.show("/b", DATA)
+        site.redirect("/a", other.url("/b"))
+        url = site.url("/a").replace("://", "://me:w%20rd@")
+        assert read(reader(site, other), url) == FetchedObject(DATA, None)
+        assert site.asked[0].headers["authorization"] == "Basic bWU6dyByZA=="
+        assert "authorization" not in other.asked[0].headers
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_followed_and_the_etag_of_its_end_is_not_that_of_the_image(
     site: Website, status: int
@@ -138,6 +148,16 @@ def test_a_redirect_to_something_else_is_refused(site: Website, location: str) -
     url = site.redirect("/a.png", location)
     with pytest.raises(ImageForbidden, match="redirected to a URL that"):
         read(reader(site), url)
+
+
+def test_the_rules_of_a_url_hold_for_a_redirect_too(site: Website) -> None:
+    listed = frozenset({("127.0.0.1", site.port)})
+    url = site.redirect("/a.png", "http://example.invalid/b?to=1")
+    with pytest.raises(ImageForbidden, match="give an `https://` URL"):
+        read(WebReader(WebRules(listed=listed)), url)
+    url = site.redirect("/a.png", "https://example.invalid/b?to=1")
+    with pytest.raises(ImageForbidden, match=r"example\.invalid, from where this server reads no"):
+        read(WebReader(WebRules(everyone=False, listed=listed)), url)
 
 
 def test_a_redirect_to_nowhere_ends(site: Website) -> None:
@@ -272,7 +292,7 @@ def test_one_limit_of_time_holds_over_a_server_that_answers_slowly(
 ) -> None:
     url = site.page("/a.png", SLOW[part])
     with pytest.raises(ImageFetchFailed, match=r"could not be fetched in 0\.5 s"):
-        read(reader(site, seconds=0.5), url)
+        read(reader(site, seconds=0.5, silence=100), url)
 
 
 def test_a_server_that_falls_silent_is_left_before_that(site: Website) -> None:
