@@ -9,9 +9,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.uploads import image_type
 from tests.api.running import PlayedWorker, RunningApi
 from visq.objects import FetchedObject, open_store, parse_uri
+from visq.references import image_type
 from visq.types import ImagePart
 
 PNG = base64.b64decode(
