@@ -16,15 +16,9 @@ from models import batches, outbox, sessions
 from models.database import db_now, fetch
 from models.outbox import OutboxEntry
 from models.tables import Batch, Job, JobEvent, table
-from visq.errors import InvalidRequest, VisqError
+from visq.errors import DuplicateCustomId, InvalidRequest, VisqError
 from visq.ids import new_id
 from visq.types import BatchItem, GenerationConfig, ImagePart, JobKind, JobStatus, Prompt
-
-
-class DuplicateCustomId(InvalidRequest):
-    """Another item of the batch has this ``custom_id``."""
-
-    code = "duplicate_custom_id"
 
 
 @dataclass(frozen=True)

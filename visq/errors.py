@@ -8,6 +8,7 @@ answers with, and ``retryable``: whether a job that met it is attempted again by
     VisqError
     ├── InvalidRequest            422  the request does not fit its schema
     │   ├── MalformedBody         400
+    │   ├── LineTooLong, DuplicateCustomId, BatchInputError
     │   └── UnsupportedParameter  422
     ├── Unauthorized              401
     ├── NotFound                  404
@@ -90,6 +91,24 @@ class MalformedBody(InvalidRequest):
 
     code = "malformed_body"
     status = 400
+
+
+class LineTooLong(InvalidRequest):
+    """A line of a batch's input is longer than lines may be."""
+
+    code = "line_too_long"
+
+
+class DuplicateCustomId(InvalidRequest):
+    """An item before this one, in the same batch, has its ``custom_id`` already."""
+
+    code = "duplicate_custom_id"
+
+
+class BatchInputError(InvalidRequest):
+    """The input of a batch cannot be read, or not to its end; nothing more of the batch starts."""
+
+    code = "batch_input_invalid"
 
 
 class UnsupportedParameter(InvalidRequest):

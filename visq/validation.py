@@ -32,7 +32,14 @@ def parse(model: type[ModelT], data: bytes, what: str = "the body") -> ModelT:
     :raises MalformedBody: it is not JSON.
     :raises InvalidRequest: it does not fit `model`, or holds what cannot be stored.
     """
-    value = strict_json(data, what)
+    return as_model(model, data, strict_json(data, what), what)
+
+
+def as_model(model: type[ModelT], data: bytes, value: object, what: str = "the body") -> ModelT:
+    """`parse` of JSON whose `value` is known.
+
+    :raises InvalidRequest: it does not fit `model`.
+    """
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as error:

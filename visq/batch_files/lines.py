@@ -1,0 +1,91 @@
+"""The lines of a file of items, read as a stream: plain or packed with gzip, whatever its name.
+
+A file that is no text at all is refused as a whole (`BatchInputError`). What is wrong with one line
+is said of that line, and the next one is read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Final, cast
+
+from visq.errors import BatchInputError
+
+_GZIP: Final = b"\x1f\x8b"
+_UTF8_BOM: Final = b"\xef\xbb\xbf"
+_HEAD: Final = 512
+_PIECE: Final = 1024 * 1024
+
+_OTHER_FORMATS: Final = {
+    b"\xff\xfe": "it is UTF-16",
+    b"\xfe\xff": "it is UTF-16",
+    b"PAR1": "it is a Parquet file, whose name must end with `.parquet`",
+    b"PK\x03\x04": "it is a zip archive; pack it with gzip, or not at all",
+    b"\x28\xb5\x2f\xfd": "it is packed with zstd; use gzip",
+    b"BZh": "it is packed with bzip2; use gzip",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line that is not blank."""
+
+    number: int
+    """From 1."""
+    offset: int
+    """Bytes of the (unpacked) file up to its end: reading can go on from there."""
+    data: bytes | None
+    """Without its end; ``None``: it is longer than lines may be."""
+
+
+def lines(file: BinaryIO, *, max_bytes: int, number: int = 0, offset: int = 0) -> Iterator[Line]:
+    """The lines of `file` after `number` lines, which take `offset` bytes.
+
+    Lines end with LF or CRLF; a byte order mark of UTF-8 is not part of the first one.
+
+    :param file: seekable, at its beginning.
+    :param max_bytes: of a line; no more of it is read into memory.
+    :raises BatchInputError: the file is no text, or its packing is broken.
+    """
+    if file.read(len(_GZIP)) == _GZIP:
+        file.seek(0)
+        file = cast("BinaryIO", gzip.GzipFile(fileobj=file))
+    else:
+        file.seek(0)
+    try:
+        head = file.read(_HEAD)
+        _check_text(head)
+        file.seek(offset)  # of a packed file: all before it is unpacked again
+        while line := file.readline(max_bytes + 2):
+            offset += len(line)
+            number += 1
+            is_whole = line.endswith(b"\n") or len(line) <= max_bytes
+            while not is_whole and (rest := file.readline(_PIECE)):
+                offset += len(rest)
+                is_whole = rest.endswith(b"\n")
+            text = line.rstrip(b"\r\n")
+            if number == 1:
+                text = text.removeprefix(_UTF8_BOM)
+            if len(text) > max_bytes:
+                yield Line(number, offset, None)
+            elif text.strip():
+                yield Line(number, offset, text)
+    except EOFError:
+        raise BatchInputError(
+            f"the file ends in the middle of its gzip packing, after line {number}: it was cut off"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise BatchInputError(
+            f"the gzip packing of the file is broken after line {number}: {error}"
+        ) from None
+
+
+def _check_text(head: bytes) -> None:
+    for magic, meaning in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise BatchInputError(f"the file is not JSON lines in UTF-8: {meaning}")
+    if b"\0" in head:
+        raise BatchInputError("the file is not JSON lines in UTF-8: it is binary")
