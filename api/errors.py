@@ -1,33 +1,42 @@
 """How errors leave the API: one shape, stable codes, and the same list in the OpenAPI.
 
-``{"error": {"code", "message", "param"}}``. Every error is a class of `visq.errors`; what Starlette
-and pydantic raise is brought into the same shape here.
+``{"error": {"code", "message", "param", "type"}}``. Every error is a class of `visq.errors`; what
+Starlette and pydantic raise is brought into the same shape here.
+
+Routes that speak OpenAI's API have the dependency `as_openai`, the first of their router, and are
+`documented` with the face `OPENAI`: their statuses and codes are OpenAI's (`visq.openai.errors`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from visq.errors import InvalidRequest, Unauthorized, Unavailable, VisqError
-from visq.types import ErrorBody
+from visq.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    Unauthorized,
+    Unavailable,
+    VisqError,
+)
+from visq.openai import errors as openai
+from visq.types import ErrorBody, Json
+from visq.validation import invalid
 
 log = structlog.get_logger(__name__)
 
 RETRY_AFTER_SECONDS: Final = 2
 """What ``Retry-After`` says while a server that the API needs is away."""
-
-Problem = Mapping[str, Any]
-"""One error as pydantic reports it: ``type``, ``loc``, ``msg``."""
 
 
 class ErrorResponse(BaseModel):
@@ -45,90 +54,93 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     app.add_exception_handler(Exception, _on_unexpected_error)
 
 
-def documented(*kinds: type[VisqError]) -> dict[int | str, dict[str, Any]]:
-    """The ``responses`` of a route: these errors, and those that every route may answer with."""
+@dataclass(frozen=True)
+class Face:
+    """How a route tells its errors."""
+
+    status_of: Callable[[int], int]
+    """The HTTP status for the status of an error's class."""
+    body_of: Callable[[str, str, str | None], Json]
+    """The body for an error's code, message and param."""
+
+
+def _body(code: str, message: str, param: str | None) -> Json:
+    return {"error": ErrorBody(code=code, message=message, param=param).model_dump()}
+
+
+OURS: Final = Face(lambda status: status, _body)
+OPENAI: Final = Face(openai.status_of, openai.body_of)
+
+
+async def _as_openai(request: Request) -> None:
+    request.state.face = OPENAI
+
+
+as_openai: Final = Depends(_as_openai)
+"""The route tells its errors as OpenAI's API does."""
+
+
+def add_header(request: Request, name: str, value: str) -> None:
+    """If this request is answered with an error, the answer has this header."""
+    request.state.error_headers = {**getattr(request.state, "error_headers", {}), name: value}
+
+
+def documented(*kinds: type[VisqError], face: Face = OURS) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route: these errors, and those that every route may answer with.
+
+    :param face: `OPENAI` if the route has the dependency `as_openai`.
+    """
     by_status: dict[int, list[type[VisqError]]] = {}
     everywhere: tuple[type[VisqError], ...] = (Unauthorized, InvalidRequest, Unavailable)
     for kind in dict.fromkeys((*everywhere, *kinds)):
-        by_status.setdefault(kind.status, []).append(kind)
-    return {status: _described(group) for status, group in sorted(by_status.items())}
+        by_status.setdefault(face.status_of(kind.status), []).append(kind)
+    return {status: _described(group, face) for status, group in sorted(by_status.items())}
 
 
-def _described(kinds: Iterable[type[VisqError]]) -> dict[str, Any]:
-    meanings = {kind.code: (kind.__doc__ or "").partition("\n")[0] for kind in kinds}
+def _described(kinds: Iterable[type[VisqError]], face: Face) -> dict[str, Any]:
+    meanings = {kind: (kind.__doc__ or "").partition("\n")[0] for kind in kinds}
+    bodies = [face.body_of(kind.code, meaning, None) for kind, meaning in meanings.items()]
+    by_code = {body["error"]["code"]: body for body in bodies}
+    said = [f"- `{code}`: {body['error']['message']}" for code, body in by_code.items()]
     return {
         # Not "model": FastAPI would say that an event stream's errors are event streams too.
-        "description": "\n".join(f"- `{code}`: {meaning}" for code, meaning in meanings.items()),
+        "description": "\n".join(said),
         "content": {
             "application/json": {
                 "schema": {"$ref": f"#/components/schemas/{ErrorResponse.__name__}"},
-                "examples": {
-                    code: {"value": _body(code, meaning, None)}
-                    for code, meaning in meanings.items()
-                },
+                "examples": {code: {"value": body} for code, body in by_code.items()},
             }
         },
     }
 
 
-def invalid(problems: Sequence[Problem], data: object) -> InvalidRequest:
-    """The error for what pydantic found wrong with `data`: its most precise finding.
-
-    Of a union pydantic reports the failure of every branch; the longest path is the branch that
-    the sender meant.
-    """
-    paths = [_path(problem, data) for problem in problems]
-    best = max(range(len(problems)), key=lambda index: len(paths[index]))
-    message = str(problems[best]["msg"]).removeprefix("Value error, ")
-    param = ".".join(paths[best]) or None
-    if param is None:
-        return InvalidRequest(message)
-    return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}", param=param)
-
-
-def _path(problem: Problem, data: Any) -> list[str]:
-    """The place of a problem in `data`; pydantic's path also names the branches of unions."""
-    path: list[str] = []
-    steps = problem["loc"]
-    for number, step in enumerate(steps, start=1):
-        if _leads_on(step, data):
-            data = data[step]
-            path.append(str(step))
-        elif problem["type"] == "missing" and number == len(steps):
-            path.append(str(step))
-    return path
-
-
-def _leads_on(step: object, data: object) -> bool:
-    if isinstance(data, dict):
-        return step in data
-    return isinstance(data, list) and isinstance(step, int) and step < len(data)
-
-
-def _body(code: str, message: str, param: str | None) -> dict[str, Any]:
-    return {"error": {"code": code, "message": message, "param": param}}
-
-
 def _answer(
+    request: Request,
     status: int,
     code: str,
     message: str,
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    return JSONResponse(_body(code, message, param), status, headers)
+    face: Face = getattr(request.state, "face", OURS)
+    more = getattr(request.state, "error_headers", {})
+    body = face.body_of(code, message, param)
+    return JSONResponse(body, face.status_of(status), {**(headers or {}), **more})
 
 
-async def _on_visq_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_visq_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, VisqError)
     if error.status >= 500:
         log.warning("request failed", code=error.code, error=str(error))
     headers = {}
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        headers["Retry-After-Ms"] = str(1000 * RETRY_AFTER_SECONDS)  # for OpenAI's clients
+    if isinstance(error, IdempotencyConflict):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would try any 409 again
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="visq"'
-    return _answer(error.status, error.code, error.message, error.param, headers)
+    return _answer(request, error.status, error.code, error.message, error.param, headers)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -150,7 +162,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         404: ("not_found", "there is no such path; `/docs` lists all of them"),
         405: ("method_not_allowed", "this path does not take this method; see `Allow`"),
     }.get(error.status_code, ("invalid_request", HTTPStatus(error.status_code).phrase))
-    return _answer(error.status_code, code, message, headers=headers)
+    return _answer(request, error.status_code, code, message, headers=headers)
 
 
 def _methods(request: Request) -> set[str]:
@@ -160,6 +172,8 @@ def _methods(request: Request) -> set[str]:
     return {method for route in matching for method in route.methods}
 
 
-async def _on_unexpected_error(_request: Request, _error: Exception) -> JSONResponse:
+async def _on_unexpected_error(request: Request, _error: Exception) -> JSONResponse:
     """A bug. Starlette raises it again after this answer, so the server logs it."""
-    return _answer(500, "internal_error", "an unexpected error; it was logged on the server")
+    return _answer(
+        request, 500, "internal_error", "an unexpected error; it was logged on the server"
+    )

@@ -21,6 +21,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,6 +46,7 @@ KEEP_ALIVE_SECONDS: Final = 15.0
 """Longest silence: proxies cut connections, and a client that left is noticed by writing."""
 PAGE: Final = 500
 """Entries read from Redis at a time."""
+KEEP_ALIVE: Final = ": keep-alive\n\n"
 FROM_THE_ROW: Final = "end"
 """Id of an end that did not come from the stream."""
 
@@ -68,6 +70,28 @@ class Entry:
 
     id: str
     event: StreamEvent
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a reader is told: an attempt or a token, the end with its job, or only that the
+    connection lives."""
+
+    id: str | None = None
+    """``None``: not from the stream, but from the row."""
+    event: StreamEvent | None = None
+    job: JobView | None = None
+    """Of the end."""
+
+    def as_text(self) -> str:
+        """As a Server-Sent Event."""
+        if self.job is not None:
+            return _shown("end", self.job.model_dump_json(), self.id or FROM_THE_ROW)
+        if self.event is None:
+            return KEEP_ALIVE
+        said = self.event
+        data = {"attempt": said.attempt} if said.type == "attempt" else _token(said)
+        return _shown(said.type, json.dumps(data), self.id)
 
 
 class EventStream(StreamingResponse):
@@ -123,6 +147,15 @@ class JobEvents:
 
     async def after(self, last_event_id: str | None) -> AsyncGenerator[str, None]:
         """The events as text, after an id that an earlier answer gave, or from the start."""
+        async with aclosing(self.follow(last_event_id)) as events:
+            async for said in events:
+                yield said.as_text()
+
+    async def follow(self, last_event_id: str | None) -> AsyncGenerator[Said, None]:
+        """What happens to the job, until its end (the last one) or that of this process.
+
+        :raises Unavailable: the database does not answer.
+        """
         start = "-"
         if last_event_id is not None and _STREAM_ID.fullmatch(last_event_id):
             start = f"({last_event_id}"
@@ -145,22 +178,22 @@ class JobEvents:
                         # A run that has lost its job speaks on until it knows.
                         if entry.event.attempt >= attempt:
                             attempt = entry.event.attempt
-                            yield _token_or_attempt(entry)
+                            yield Said(entry.id, entry.event)
                         continue
                     job = await self._row_if_ended()
                     if job is not None and _is_end_of(entry.event, job):
-                        yield _shown("end", job_view(job).model_dump_json(), entry.id)
+                        yield Said(entry.id, job=job_view(job))
                         return
                 if entries:
                     continue
                 if ended is not None:
-                    for text in _from_the_row(job_view(ended)):
-                        yield text
+                    for said in _from_the_row(job_view(ended)):
+                        yield said
                     return
                 try:
                     await asyncio.wait_for(watcher.changed.wait(), KEEP_ALIVE_SECONDS)
                 except TimeoutError:
-                    yield ": keep-alive\n\n"
+                    yield Said()
 
     async def _row_if_ended(self) -> Job | None:
         job = await self._database.read(jobs.get, self._job_id)
@@ -183,27 +216,22 @@ def _is_end_of(event: StreamEvent, job: Job) -> bool:
     )
 
 
-def _token_or_attempt(entry: Entry) -> str:
-    said = entry.event
-    data = {"attempt": said.attempt} if said.type == "attempt" else _token(said)
-    return _shown(said.type, json.dumps(data), entry.id)
-
-
 def _token(said: StreamEvent) -> dict[str, Any]:
     # Without the index for the only choice or the first one: so it was before there were others.
     index = {"index": said.index} if said.index else {}
     return {"attempt": said.attempt, "text": said.text, **index}
 
 
-def _from_the_row(job: JobView) -> list[str]:
+def _from_the_row(job: JobView) -> list[Said]:
     """The events of an ended job without its stream."""
-    shown = []
+    events = []
     if job.result is not None:
-        shown.append(_shown("attempt", json.dumps({"attempt": job.attempt})))
+        events.append(StreamEvent(type="attempt", attempt=job.attempt))
         for index, choice in enumerate(job.result.choices or [job.result]):
-            said = StreamEvent(type="token", attempt=job.attempt, text=choice.text, index=index)
-            shown.append(_shown("token", json.dumps(_token(said))))
-    return [*shown, _shown("end", job.model_dump_json(), FROM_THE_ROW)]
+            events.append(
+                StreamEvent(type="token", attempt=job.attempt, text=choice.text, index=index)
+            )
+    return [*(Said(event=event) for event in events), Said(job=job)]
 
 
 def _shown(event: str, data: str, id_: str | None = None) -> str:

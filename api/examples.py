@@ -149,3 +149,55 @@ IMAGE: Final[dict[str, Any]] = {
     "size": 48_213,
     "created_at": "2026-01-05T09:29:00Z",
 }
+
+_MESSAGES: Final[list[Any]] = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "How many circles are there?"},
+            {"type": "image_url", "image_url": {"url": "s3://pictures/shapes.png"}},
+        ],
+    }
+]
+
+CHAT_BODIES: Final[dict[str, Any]] = {
+    "an image": {"model": "small", "messages": _MESSAGES, "max_completion_tokens": 16},
+    "a stream": {
+        "model": "small",
+        "messages": _MESSAGES,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    },
+}
+
+COMPLETION: Final[dict[str, Any]] = {
+    "id": "chatcmpl-0197f2a4c1d87cc2a1b2c3d4e5f60718",
+    "object": "chat.completion",
+    "created": 1767605400,
+    "model": "small",
+    "system_fingerprint": None,
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Three.", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": {
+        "prompt_tokens": 80,
+        "completion_tokens": 3,
+        "total_tokens": 83,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    },
+}
+
+CHUNKS: Final = """\
+data: {"id":"chatcmpl-0197f2a4c1d87cc2a1b2c3d4e5f60718","object":"chat.completion.chunk",\
+"created":1767605400,"model":"small","system_fingerprint":null,"choices":[{"index":0,\
+"delta":{"content":"Three."},"logprobs":null,"finish_reason":null}]}
+
+data: [DONE]
+
+"""

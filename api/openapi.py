@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from visq import __version__
+from visq.openai.requests import ChatCompletionRequest
 from visq.types import BatchRequest, JobRequest, NewSession
 
 TITLE: Final = "visq"
@@ -35,9 +36,11 @@ curl -sS -H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\
 * **Images** are `s3://bucket/key[?versionId=...]`, `data:` URLs, or ids of uploads (`img_...`).
 * **Repeat safely** with an `Idempotency-Key`: the same request with the same key is one job.
 
-Every error is `{"error": {"code", "message", "param"}}`: programs branch on `code`, which is
-stable; `message` says what is wrong; `param` names the field. A job that failed carries the same in
-`error`.
+Clients of OpenAI's API work with this base URL: `/v1/chat/completions` and `/v1/models`.
+
+Every error is `{"error": {"code", "message", "param", "type"}}`: programs branch on `code`, which
+is stable; `message` says what is wrong; `param` names the field. A job that failed carries the same
+in `error`. What clients of OpenAI's API use (chat, models) answers with its statuses and codes.
 
 Times are UTC; ids sort by creation. Lists are paged: give `next_cursor` as `cursor`.
 """
@@ -47,11 +50,17 @@ TAGS: Final = [
     {"name": "sessions", "description": "Conversations: the turns of a session in order."},
     {"name": "batches", "description": "Many prompts at once, at low priority."},
     {"name": "images", "description": "Uploads, for callers without an object store."},
+    {"name": "chat", "description": "Chat completions, for clients of OpenAI's API."},
     {"name": "models", "description": "What the live workers serve."},
     {"name": "health", "description": "For load balancers and people on call; needs no key."},
 ]
 
-BODIES: Final[tuple[type[BaseModel], ...]] = (JobRequest, BatchRequest, NewSession)
+BODIES: Final[tuple[type[BaseModel], ...]] = (
+    JobRequest,
+    BatchRequest,
+    NewSession,
+    ChatCompletionRequest,
+)
 """Types that `json_body` reads: FastAPI does not know of them."""
 
 
@@ -101,6 +110,12 @@ def _described(app: FastAPI, hidden: tuple[type[BaseModel], ...]) -> dict[str, A
         tags=TAGS,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]  # FastAPI's own: this API answers otherwise
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
     _, definitions = models_json_schema(
         [(model, "validation") for model in hidden],
         ref_template="#/components/schemas/{model}",

@@ -86,6 +86,8 @@ class WorkerInfo(BaseModel):
     in_flight: int
     engine_down: str | None = None
     """Why its engine does not answer just now: it claims no job until that is up again."""
+    started_at: datetime | None = None
+    """When its model was loaded, by the clock of its machine; ``None``: an older version's."""
 
 
 def worker_key(worker_id: str) -> str:

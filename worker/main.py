@@ -13,6 +13,7 @@ import socket
 import threading
 import uuid
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -90,6 +91,8 @@ def run(settings: Settings) -> int:
         maintenance.start()
         stack.callback(maintenance.stop)
 
+        started_at = datetime.now(UTC)
+
         def describe(in_flight: int) -> WorkerInfo:
             return WorkerInfo(
                 id=worker_id,
@@ -99,6 +102,7 @@ def run(settings: Settings) -> int:
                 dtype=info.dtype,
                 concurrency=concurrency,
                 in_flight=in_flight,
+                started_at=started_at,
                 engine_down=engine.down,
             )
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from api import examples, openapi
+from api import commands, examples, openapi
 from api.auth import Me, authenticated
 from api.errors import documented
 from api.events import EVENT_SCHEMA, EventStream, JobEvents
@@ -23,15 +23,12 @@ from api.fields import (
     page_of,
     wait_of,
 )
-from api.intake import fingerprint, resolve_job
 from api.json_body import json_body
 from api.services import Here, Services
 from models import jobs, reading
 from models.moves import PENDING
-from models.submit import submit_job
 from models.tables import Job, JobEvent
 from models.views import event_view, job_view
-from visq import points
 from visq.errors import (
     IdempotencyConflict,
     ImageChanged,
@@ -109,20 +106,7 @@ async def submit(
 ) -> JobView:
     """Accept a job. From the `202` on it reaches exactly one end: `succeeded`, `failed`,
     `cancelled` or `expired`."""
-    sent = await fingerprint(request, idempotency_key)
-    request = await resolve_job(here, me, request)
-    submitted = await me.database.run(
-        submit_job,
-        me.tenant_id,
-        request,
-        max_attempts=here.settings.max_attempts,
-        idempotency_key=idempotency_key,
-        fingerprint=sent,
-    )
-    job = submitted.job
-    points.reached("submit.accepted")
-    await here.delivery.parcel(submitted.queued)
-    points.reached("submit.answering")
+    job = await commands.submit(here, me, request, sent=request, idempotency_key=idempotency_key)
     seconds = wait_of(prefer)
     if seconds is not None:
         with suppress(Unavailable):  # it is accepted, whatever happens from here on
@@ -173,9 +157,7 @@ async def get_job(here: Here, me: Me, job_id: JobId, query: Annotated[Wait, Quer
 async def cancel_job(here: Here, me: Me, job_id: JobId) -> JobView:
     """A waiting or queued job ends at once; a running one is asked to stop and ends a moment
     later; an ended one is left as it is."""
-    transition = await me.database.run(jobs.cancel, job_id)
-    await here.delivery.transitions([transition])
-    return job_view(transition.job)
+    return job_view(await commands.cancel(here, me, job_id))
 
 
 @router.post(

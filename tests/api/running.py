@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
@@ -77,6 +78,7 @@ class PlayedWorker:
             dtype="float32",
             concurrency=4,
             in_flight=0,
+            started_at=datetime.now(UTC),
         )
         announce_worker(self.courier.redis, info, ttl_seconds=60)
 

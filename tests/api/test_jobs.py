@@ -85,7 +85,12 @@ def test_a_failure_is_in_the_job(client: httpx2.Client, worker: PlayedWorker) ->
     worker.fail(worker.begin(job["id"]))
     seen = client.get(f"/v1/jobs/{job['id']}").json()
     assert seen["status"] == "failed"
-    assert seen["error"] == {"code": "engine_error", "message": "it cannot", "param": None}
+    assert seen["error"] == {
+        "code": "engine_error",
+        "message": "it cannot",
+        "param": None,
+        "type": "server_error",
+    }
 
 
 # --- waiting -----------------------------------------------------------------------------------

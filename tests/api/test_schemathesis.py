@@ -59,6 +59,8 @@ def test_every_answer_is_as_documented(
             case.path_parameters[name] = things[name]
     if "Prefer" in case.headers:
         case.headers["Prefer"] = "wait=0"  # nobody works here: the example would wait in vain
+    if case.operation.path == "/v1/chat/completions" and isinstance(case.body, dict):
+        case.body["expires_in"] = 0.01  # for the same reason
     case.call_and_validate(
         base_url=api.url,
         headers={"Authorization": f"Bearer {key}"},
