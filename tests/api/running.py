@@ -128,6 +128,10 @@ class PlayedWorker:
         error = EngineCrashed("the engine crashed") if retryable else EngineError("it cannot")
         self._finish(claim, Failed(error, backoff_seconds=60), True)
 
+    def hand_back(self, claim: Claim) -> None:
+        """The job is queued again, as when a worker shuts down."""
+        self._finish(claim, jobs.HandedBack("the worker shut down"), True)
+
     def stop(self, claim: Claim) -> None:
         self._finish(claim, jobs.Cancelled(), True)
 
