@@ -8,6 +8,7 @@ JOB_ID: Final = "job_0197f2a4c1d87cc2a1b2c3d4e5f60718"
 SESSION_ID: Final = "ses_0197f2a4c1d07aa2b1c2d3e4f5061728"
 BATCH_ID: Final = "bat_0197f2a9e0107bb2c1d2e3f405162738"
 IMAGE_ID: Final = "img_0197f2a1b2c37dd2d1e2f30415263748"
+FILE_ID: Final = "fil_0197f2a3c4d57ee2e1f2031425364758"
 SHA256: Final = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
 JOB_BODIES: Final[dict[str, Any]] = {
@@ -148,6 +149,17 @@ IMAGE: Final[dict[str, Any]] = {
     "sha256": SHA256,
     "size": 48_213,
     "created_at": "2026-01-05T09:29:00Z",
+}
+
+FILE: Final[dict[str, Any]] = {
+    "id": FILE_ID,
+    "object": "file",
+    "bytes": 1_482_213,
+    "created_at": 1767605340,
+    "expires_at": None,
+    "filename": "photos.jsonl",
+    "purpose": "batch",
+    "status": "processed",
 }
 
 _MESSAGES: Final[list[Any]] = [

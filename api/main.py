@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api import errors, openapi
-from api.routes import batches, chat, health, images, jobs, models, sessions
+from api.routes import batches, chat, files, health, images, jobs, models, sessions
 from api.services import Services, ensure_tenants, open_services
 from models import revision
 from models.database import Database
@@ -35,7 +35,8 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
-    routers = [each.router for each in (jobs, sessions, batches, images, chat, models, health)]
+    resources = (jobs, sessions, batches, images, files, chat, models, health)
+    routers = [each.router for each in resources]
     for router in routers:
         app.include_router(router)
     errors.install(app, routers)

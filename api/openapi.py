@@ -33,7 +33,8 @@ curl -sS -H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\
 * **Continue** a conversation: open it with `"session": {}` and give its `session_id` from then on.
   Turns of a session run in the order in which they were submitted.
 * **Batches** hold up to 10,000 items; their results can be read while the rest is running.
-* **Images** are `s3://bucket/key[?versionId=...]`, `data:` URLs, or ids of uploads (`img_...`).
+* **Images** are `s3://bucket/key[?versionId=...]`, `https://` or `data:` URLs, or ids of uploads
+  (`img_...`).
 * **Repeat safely** with an `Idempotency-Key`: the same request with the same key is one job.
 
 Clients of OpenAI's API work with this base URL: `/v1/chat/completions` and `/v1/models`.
@@ -50,6 +51,7 @@ TAGS: Final = [
     {"name": "sessions", "description": "Conversations: the turns of a session in order."},
     {"name": "batches", "description": "Many prompts at once, at low priority."},
     {"name": "images", "description": "Uploads, for callers without an object store."},
+    {"name": "files", "description": "Files of any size, for clients of OpenAI's API."},
     {"name": "chat", "description": "Chat completions, for clients of OpenAI's API."},
     {"name": "models", "description": "What the live workers serve."},
     {"name": "health", "description": "For load balancers and people on call; needs no key."},

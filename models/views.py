@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message
+from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, StoredFile
 from visq.batch_files import output_names
 from visq.types import (
     BatchCounts,
@@ -12,6 +12,7 @@ from visq.types import (
     BatchUsage,
     BatchView,
     ErrorBody,
+    FileView,
     ImageView,
     JobEventView,
     JobResult,
@@ -149,4 +150,15 @@ def image_view(image: Image) -> ImageView:
         sha256=image.sha256,
         size=image.size,
         created_at=image.created_at,
+    )
+
+
+def file_view(file: StoredFile) -> FileView:
+    return FileView(
+        id=file.id,
+        bytes=file.size,
+        created_at=file.created_at,
+        expires_at=file.expires_at,
+        filename=file.filename,
+        purpose=file.purpose,
     )

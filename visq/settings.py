@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     """Largest JSON body."""
     max_upload_bytes: Annotated[int, Field(gt=0)] = 50 * MIB
     """Largest upload of one image."""
+    max_file_bytes: Annotated[int, Field(gt=0)] = 1024 * MIB
+    """Largest upload of one file (``/v1/files``)."""
 
     # --- jobs --------------------------------------------------------------------------------
     lease_seconds: Annotated[float, Field(gt=0)] = 30.0

@@ -36,9 +36,16 @@ def things(api: RunningApi, key: str) -> dict[str, str]:
         batch = client.post(
             "/v1/batches", json={"items": [{"custom_id": "a", "prompt": "x"}]}
         ).json()
+        form = {"files": {"file": ("a", b"x")}, "data": {"purpose": "batch"}}
+        file = client.post("/v1/files", **form).json()
     worker.answer(job["id"])
     worker.close()
-    return {"job_id": job["id"], "session_id": job["session_id"], "batch_id": batch["id"]}
+    return {
+        "job_id": job["id"],
+        "session_id": job["session_id"],
+        "batch_id": batch["id"],
+        "file_id": file["id"],
+    }
 
 
 @schema.parametrize()

@@ -332,6 +332,41 @@ class ImageView(BaseModel):
     created_at: datetime
 
 
+class FileView(BaseModel):
+    """A file, in OpenAI's form."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: UnixTime
+    expires_at: UnixTime | None = None
+    """It is deleted then; `null`: only if it is asked for."""
+    filename: str
+    purpose: str
+    """`batch`, `vision` or `user_data`, as it was uploaded; `batch_output`: of a batch."""
+    status: Literal["processed"] = "processed"
+
+
+class FileList(BaseModel):
+    """Some of a tenant's files, in OpenAI's form: give `last_id` as `after` for those behind."""
+
+    object: Literal["list"] = "list"
+    data: list[FileView]
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool = False
+
+
+class DeletedFile(BaseModel):
+    """What is said of a file that was deleted."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
 class ModelView(BaseModel):
     """A model that at least one live worker serves."""
 
@@ -351,6 +386,14 @@ class Page(BaseModel, Generic[T]):
     object: Literal["list"] = "list"
     data: list[T]
     next_cursor: str | None = None
+
+
+class BatchPage(Page[BatchView]):
+    """A page of batches, in visq's form and in OpenAI's."""
+
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool = False
 
 
 Json = dict[str, Any]
