@@ -15,6 +15,7 @@ import pytest
 from tests.api.conftest import settings_for
 from tests.api.running import PlayedWorker, RunningApi
 from tests.waiting import until
+from visq.streams import notify_channel
 
 ASK: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "How many?"}]}
 PATH = "/v1/chat/completions"
@@ -395,10 +396,18 @@ def test_with_a_key_the_job_goes_on_and_the_client_can_come_back(
     stream: bool,
     later: Callable[..., Future[Any]],
 ) -> None:
+    def waiting() -> int:
+        [(_, count)] = worker.courier.redis.pubsub_numsub(notify_channel(job_id))
+        return int(count)
+
     caller = Caller(api, secret, "k", stream=stream)
     job_id = only_job(client)
+    until(lambda: waiting() == 1, 10, "the API to wait for the job")
     caller.hang_up()
+    until(lambda: waiting() == 0, 10, "the API to notice that the client has left")
     again = later(ask, client, {"Idempotency-Key": "k"}, stream=stream)
+    until(lambda: waiting() == 1, 10, "the API to wait for the job again")
+    assert status_of(client, job_id) == "queued"
     worker.answer(job_id, "Three.")
     assert "Three." in again.result(20).text
 
