@@ -86,12 +86,12 @@ class Said:
     def as_text(self) -> str:
         """As a Server-Sent Event."""
         if self.job is not None:
-            return _shown("end", self.job.model_dump_json(), self.id or FROM_THE_ROW)
+            return shown("end", self.job.model_dump_json(), self.id or FROM_THE_ROW)
         if self.event is None:
             return KEEP_ALIVE
         said = self.event
         data = {"attempt": said.attempt} if said.type == "attempt" else _token(said)
-        return _shown(said.type, json.dumps(data), self.id)
+        return shown(said.type, json.dumps(data), self.id)
 
 
 class EventStream(StreamingResponse):
@@ -234,7 +234,7 @@ def _from_the_row(job: JobView) -> list[Said]:
     return [*(Said(event=event) for event in events), Said(job=job)]
 
 
-def _shown(event: str, data: str, id_: str | None = None) -> str:
+def shown(event: str, data: str, id_: str | None = None) -> str:
     """One event on the wire; `data` is JSON, and so one line."""
     head = "" if id_ is None else f"id: {id_}\n"
     return f"{head}event: {event}\ndata: {data}\n\n"

@@ -23,7 +23,7 @@ from models.database import AsyncDatabase, Database
 from visq.errors import ConfigurationError
 from visq.objects import ObjectStore, open_store
 from visq.settings import Settings
-from worker.queue import Courier, Maintenance
+from worker.queue import BatchLoop, Courier, Maintenance
 
 REDIS_SECONDS: Final = 3.0
 """Longest wait for Redis: nothing here depends on it, so a silent one must not hold requests."""
@@ -41,7 +41,10 @@ class Services:
     redis: redis.asyncio.Redis
     store: ObjectStore
     courier: Courier
+    blocking: Database
+    """The same database, for threads."""
     maintenance: Maintenance
+    batch_loop: BatchLoop
     delivery: Delivery
     watch: Watch
     workers: Workers
@@ -60,11 +63,15 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     maintenance = Maintenance(settings, blocking_database, courier)
     client = _connect_redis(settings)
     store = open_store(settings)
+    batch_loop = BatchLoop(
+        settings, blocking_database, store, courier, maintenance.wake_for_windows
+    )
     delivery = Delivery(courier)
     watch = Watch(client, database)
     try:
         tenants = await asyncio.to_thread(ensure_tenants, blocking_database, settings)
         maintenance.start()
+        batch_loop.start()
         watch.start()
         yield Services(
             settings=settings,
@@ -74,7 +81,9 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             redis=client,
             store=store,
             courier=courier,
+            blocking=blocking_database,
             maintenance=maintenance,
+            batch_loop=batch_loop,
             delivery=delivery,
             watch=watch,
             workers=Workers(client),
@@ -82,6 +91,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     finally:
         await watch.stop()
         await delivery.close()
+        await asyncio.to_thread(batch_loop.stop)
         await asyncio.to_thread(maintenance.stop)
         await asyncio.to_thread(courier.close)
         await client.aclose()

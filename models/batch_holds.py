@@ -162,14 +162,18 @@ def add_chunk(
     return events + (_end_if_over(session, batch.id) if is_last and not events else [])
 
 
-def fail(session: Session, hold: Hold, error: VisqError, line: int | None) -> list[OutboxEntry]:
-    """The input cannot be read (to its end): nothing more of the batch starts.
+def fail(session: Session, hold: Hold, error: VisqError) -> list[OutboxEntry]:
+    """The input cannot be read (to its end): nothing more of the batch starts. Or the output cannot
+    be written: then the batch ends without it, and its items can be read from the API.
 
     :raises HoldLostError: it is no longer held.
     """
     as_tenant(session, hold.batch.tenant_id)
+    said = {"code": error.code, "message": error.message, "param": error.param, "line": None}
+    if not hold.reads:
+        _update(session, hold, Batch.status == BatchStatus.FINALIZING, errors=[said])
+        return batches.close(session, _locked(session, hold.batch.id))
     _update(session, hold, held_until=None)
-    said = {"code": error.code, "message": error.message, "param": error.param, "line": line}
     batches.stop(session, hold.batch.id, [said])
     return _end_if_over(session, hold.batch.id)
 
@@ -201,9 +205,11 @@ def close(
     as_tenant(session, hold.batch.tenant_id)
     _update(session, hold, Batch.status == BatchStatus.FINALIZING, held_until=None)
     batch = _locked(session, hold.batch.id)
+    seconds = batch.options.get("output_seconds")
     for file in (output, errors):
         if file is not None:
-            session.merge(file)
+            row = session.merge(file)
+            row.expires_at = None if seconds is None else db_now(seconds)
     batch.output_file_id = None if output is None else output.id
     batch.error_file_id = None if errors is None else errors.id
     return batches.close(session, batch)

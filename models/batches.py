@@ -137,14 +137,15 @@ def end(session: Session, batch_id: str) -> list[OutboxEntry]:
 
 def close(session: Session, batch: Batch) -> list[OutboxEntry]:
     """There is nothing more to do for it (its row is locked)."""
-    batch.status, batch.finished_at = _final_status(batch), db_now()
+    batch.status, batch.finished_at = final_status(batch), db_now()
     batch.held_until = None
     session.flush()
     session.refresh(batch)  # times that the database computed
     return [outbox.add_batch(session, batch)]
 
 
-def _final_status(batch: Batch) -> BatchStatus:
+def final_status(batch: Batch) -> BatchStatus:
+    """As what it ends, now that all its items have ended."""
     codes = {error["code"] for error in batch.errors or ()}
     if batch.expired or "batch_expired" in codes:
         return BatchStatus.EXPIRED

@@ -149,6 +149,7 @@ def work_of(session: Session, job: Job, tenant: str, now: datetime) -> Work:
         tenant=tenant,
         lane=job.lane,
         batch_id=job.batch_id,
+        dedupe_key=job.dedupe_key,
         prompt=Prompt.model_validate(request),
         accept_changed_images=accept_changed,
         history=history,

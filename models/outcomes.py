@@ -55,6 +55,8 @@ class Work:
     tenant: str
     lane: Lane
     batch_id: str | None
+    dedupe_key: str | None
+    """If an answer to another item of the batch with this key will do."""
     prompt: Prompt
     accept_changed_images: bool
     history: list[Remembered]

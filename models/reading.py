@@ -13,7 +13,7 @@ from models.database import db_now
 from models.moves import UNFINISHED
 from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Tenant
 from visq.ids import new_id
-from visq.types import JobStatus, Lane, WaitingFor
+from visq.types import JobResult, JobStatus, Lane, Usage, WaitingFor
 
 
 def ensure_tenants(session: Session, names: Sequence[str]) -> dict[str, str]:
@@ -77,6 +77,30 @@ def batch_results(session: Session, batch_id: str, *, after_position: int, limit
             .limit(limit)
         )
     )
+
+
+def answered_before(
+    session: Session, batch_id: str, dedupe_key: str, job_id: str
+) -> JobResult | None:
+    """The answer to an item of the batch that asked for the same as the item `job_id`."""
+    row = session.execute(
+        select(Job.custom_id, Job.result)
+        .where(
+            Job.batch_id == batch_id,
+            Job.dedupe_key == dedupe_key,
+            Job.id != job_id,
+            Job.status == JobStatus.SUCCEEDED,
+        )
+        .order_by(Job.position)
+        .limit(1)
+    ).one_or_none()
+    if row is None:
+        return None
+    custom_id, result = row
+    answer = JobResult.model_validate(result)
+    # What it took is counted where it was done.
+    origin = answer.duplicate_of or custom_id
+    return answer.model_copy(update={"duplicate_of": origin, "usage": Usage()})
 
 
 def list_batches(session: Session, *, before: str | None = None, limit: int) -> list[Batch]:

@@ -28,6 +28,9 @@ Point: TypeAlias = Literal[
     "run.delivered",  # it is published, and the message is acknowledged next
     "submit.accepted",  # a job or batch is committed, and is published next
     "submit.answering",  # it was published, and the client is told next
+    "batch.chunk_read",  # lines of a batch's input were read, and become rows next
+    "batch.chunk_added",
+    "batch.output_written",  # the output of a batch is in the store, which is noted next
 ]
 
 POINTS: Final[tuple[Point, ...]] = get_args(Point)

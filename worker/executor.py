@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 import structlog
 
-from models import jobs
+from models import jobs, reading
 from models.database import Database
 from models.outcomes import (
     Cancelled,
@@ -30,7 +30,7 @@ from visq import points
 from visq.errors import EngineDown, InternalError, Unavailable, VisqError
 from visq.exact import exact_ids
 from visq.settings import Settings
-from visq.types import Message
+from visq.types import JobResult, Message
 from worker.committing import Committer
 from worker.company import Company
 from worker.engine import face
@@ -166,6 +166,8 @@ class Executor:
     def _attempt(self, work: Work, run: Run, stream: TokenStream) -> Outcome | None:
         """How the attempt ends; ``None`` if the claim was lost on the way."""
         try:
+            if (answered := self._answered_before(work)) is not None:
+                return Succeeded(answered, work.prompt.as_messages())
             with self._pictures(work, run) as pictures:
                 if pictures is None or run.stop_reason is not None:
                     return _stopped(run, "cancelled")
@@ -196,6 +198,13 @@ class Executor:
                 return self._failed(error)
             case Stopped(reason):
                 return _stopped(run, reason)
+
+    def _answered_before(self, work: Work) -> JobResult | None:
+        if work.batch_id is None or work.dedupe_key is None:
+            return None
+        return self._database.read(
+            reading.answered_before, work.batch_id, work.dedupe_key, work.claim.job_id
+        )
 
     def _pictures(self, work: Work, run: Run) -> AbstractContextManager[Pictures | None]:
         return pictures_of(work, self._media, self._fetchers, lambda: run.stop_reason is not None)

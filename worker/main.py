@@ -35,7 +35,7 @@ from worker.engine.process import ProcessEngine
 from worker.executor import Executor
 from worker.media import Media
 from worker.metrics import Metrics
-from worker.queue import Courier, Maintenance, broker_guard
+from worker.queue import BatchLoop, Courier, Maintenance, broker_guard
 from worker.queue.app import RUN_TASK, make_app
 from worker.queue.courier import connect_redis
 from worker.runs import Runs
@@ -90,6 +90,9 @@ def run(settings: Settings) -> int:
         maintenance = Maintenance(settings, database, courier)
         maintenance.start()
         stack.callback(maintenance.stop)
+        batch_loop = BatchLoop(settings, database, store, courier, maintenance.wake_for_windows)
+        batch_loop.start()
+        stack.callback(batch_loop.stop)
 
         started_at = datetime.now(UTC)
 

@@ -31,7 +31,9 @@ class Watched(Maintenance):
 
     def __init__(self, maintenance_seconds: float, folder: Path) -> None:
         settings = Settings(data=folder, maintenance_seconds=maintenance_seconds)
-        super().__init__(settings, cast("Database", None), cast("Courier", SimpleNamespace(redis=None)))
+        super().__init__(
+            settings, cast("Database", None), cast("Courier", SimpleNamespace(redis=None))
+        )
         self.steps: list[str] = []
         """All but those of the events."""
         self.events = 0
