@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,13 @@ class RequestLine(Wire):
     body: ChatCompletionRequest
     after: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """visq's own: `BatchItem.after`."""
+
+
+_NOT_OF_ITEMS: Final = {
+    "stream": "a batch has no streams",
+    "lane": "all items of a batch are in one lane: say it of the batch",
+    "expires_in": "all items of a batch expire together: say it of the batch",
+}
 
 
 class ItemError(Exception):
@@ -48,6 +55,8 @@ def item_of(line: Line, *, models: Collection[str] | None = None) -> BatchItem:
         value = strict_json(line.data, "it")
         if not isinstance(value, dict):
             raise InvalidRequest("it is not a JSON object")
+        if line.fault is not None:
+            raise InvalidRequest(line.fault)
         return _item(line.data, value, models)
     except VisqError as error:
         named = type(error)(f"line {line.number}: {error.message}", param=error.param)
@@ -58,23 +67,36 @@ def _item(data: bytes, value: dict[str, Any], models: Collection[str] | None) ->
     if "body" not in value:
         item = as_model(BatchItem, data, value, "it")
     else:
-        line = as_model(RequestLine, data, value, "it")
-        check_model(line.body.model, models)
-        if line.body.stream:
-            raise InvalidRequest("body.stream: a batch has no streams", param="body.stream")
-        prompt = to_prompt(line.body)
-        item = BatchItem(
-            custom_id=line.custom_id,
-            messages=prompt.messages,
-            gen_config=prompt.gen_config,
-            adapter_name=prompt.adapter_name,
-            session_id=line.body.session_id,
-            session=line.body.session,
-            after=line.after,
-            metadata=line.body.metadata or {},
-        )
+        item = _asked(as_model(RequestLine, data, value, "it"), models)
     check_answerable(item.gen_config)
     return item
+
+
+def _asked(line: RequestLine, models: Collection[str] | None) -> BatchItem:
+    """The item that a line of OpenAI's asks for."""
+    body = line.body
+    for field, why in _NOT_OF_ITEMS.items():
+        if getattr(body, field):
+            raise InvalidRequest(f"body.{field}: {why}", param=f"body.{field}")
+    if [body.session_id, body.session, line.after].count(None) < 2:
+        raise InvalidRequest(
+            "give one of `body.session_id`, `body.session` and `after`, not several", param="body"
+        )
+    try:
+        check_model(body.model, models)
+        prompt = to_prompt(body)
+    except VisqError as error:
+        raise type(error)(error.message, param=f"body.{error.param}") from None
+    return BatchItem(
+        custom_id=line.custom_id,
+        messages=prompt.messages,
+        gen_config=prompt.gen_config,
+        adapter_name=prompt.adapter_name,
+        session_id=body.session_id,
+        session=body.session,
+        after=line.after,
+        metadata=body.metadata or {},
+    )
 
 
 def check_model(model: str, models: Collection[str] | None) -> None:

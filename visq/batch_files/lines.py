@@ -26,6 +26,7 @@ _OTHER_FORMATS: Final = {
     b"PK\x03\x04": "it is a zip archive; pack it with gzip, or not at all",
     b"\x28\xb5\x2f\xfd": "it is packed with zstd; use gzip",
     b"BZh": "it is packed with bzip2; use gzip",
+    _GZIP: "it is packed with gzip twice",
 }
 
 
@@ -39,6 +40,8 @@ class Line:
     """Bytes of the (unpacked) file up to its end: reading can go on from there."""
     data: bytes | None
     """Without its end; ``None``: it is longer than lines may be."""
+    fault: str | None = None
+    """What its reader found wrong with it; `data` then says no more than whose item it is."""
 
 
 def lines(file: BinaryIO, *, max_bytes: int, number: int = 0, offset: int = 0) -> Iterator[Line]:
@@ -59,17 +62,16 @@ def lines(file: BinaryIO, *, max_bytes: int, number: int = 0, offset: int = 0) -
         head = file.read(_HEAD)
         _check_text(head)
         file.seek(offset)  # of a packed file: all before it is unpacked again
-        while line := file.readline(max_bytes + 2):
+        longest = max_bytes + len(b"\r\n") + (0 if number else len(_UTF8_BOM))
+        while line := file.readline(longest):
             offset += len(line)
             number += 1
-            is_whole = line.endswith(b"\n") or len(line) <= max_bytes
-            while not is_whole and (rest := file.readline(_PIECE)):
-                offset += len(rest)
-                is_whole = rest.endswith(b"\n")
-            text = line.rstrip(b"\r\n")
+            text = line.removesuffix(b"\n").removesuffix(b"\r")
             if number == 1:
                 text = text.removeprefix(_UTF8_BOM)
             if len(text) > max_bytes:
+                if not line.endswith(b"\n"):
+                    offset += _rest_of_line(file)
                 yield Line(number, offset, None)
             elif text.strip():
                 yield Line(number, offset, text)
@@ -81,6 +83,19 @@ def lines(file: BinaryIO, *, max_bytes: int, number: int = 0, offset: int = 0) -
         raise BatchInputError(
             f"the gzip packing of the file is broken after line {number}: {error}"
         ) from None
+
+
+def _rest_of_line(file: BinaryIO) -> int:
+    """Read it, and forget it.
+
+    :returns: its bytes.
+    """
+    size = 0
+    while piece := file.readline(_PIECE):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
 
 
 def _check_text(head: bytes) -> None:
