@@ -1,5 +1,9 @@
 """The bytes of files, on their way into the object store and out of it: never whole in memory, and
-never on the event loop."""
+never on the event loop.
+
+Threads of Starlette's pool move them: a store that hangs must not hold those of
+`asyncio.to_thread`, which the rest of the API uses.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import BinaryIO, Final
+
+from starlette.concurrency import run_in_threadpool
 
 from visq.objects import ObjectRef, ObjectStore
 
@@ -33,7 +39,7 @@ class StoreWriter:
             await self._flush()
 
     async def __aenter__(self) -> StoreWriter:
-        self._file = await asyncio.to_thread(self._writing.__enter__)
+        self._file = await run_in_threadpool(self._writing.__enter__)
         return self
 
     async def __aexit__(
@@ -52,10 +58,10 @@ class StoreWriter:
 
     async def _flush(self) -> None:
         pending, self._pending = self._pending, bytearray()
-        await asyncio.to_thread(self._write, pending)
+        await run_in_threadpool(self._write, pending)
 
     async def _end(self, error: BaseException | None) -> None:
-        await asyncio.to_thread(self._exit, error)
+        await run_in_threadpool(self._exit, error)
 
     def _write(self, data: bytearray) -> None:
         with self._lock:
@@ -72,15 +78,15 @@ async def open_object(store: ObjectStore, ref: ObjectRef) -> tuple[int, AsyncIte
 
     :raises ObjectNotFound, ObjectForbidden, Unavailable: here, or while the pieces are read.
     """
-    file = await asyncio.to_thread(store.open, ref)
-    size = await asyncio.to_thread(file.seek, 0, io.SEEK_END)
+    file = await run_in_threadpool(store.open, ref)
+    size = await run_in_threadpool(file.seek, 0, io.SEEK_END)
     return size, _pieces(file)
 
 
 async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:
     try:
-        await asyncio.to_thread(file.seek, 0)
-        while piece := await asyncio.to_thread(file.read, _PIECE):
+        await run_in_threadpool(file.seek, 0)
+        while piece := await run_in_threadpool(file.read, _PIECE):
             yield piece
     finally:
         # Not awaited: it waits for a thread that still reads, and whoever asked may be gone.

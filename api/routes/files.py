@@ -3,7 +3,6 @@ and from it; the row of a file is made when its object is whole."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
@@ -11,6 +10,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from api import examples, openapi
 from api.auth import Me, authenticated
@@ -195,7 +195,8 @@ async def delete_file(here: Here, me: Me, file_id: FileIdPath) -> DeletedFile:
     row = await me.database.read(files.get, file_id)
     ref = parse_uri(row.uri)
     if ref.bucket == here.settings.upload_bucket:
-        await asyncio.to_thread(here.store.delete, ref)  # first: what fails here can be repeated
+        # First: what fails here can be repeated.
+        await run_in_threadpool(here.store.delete, ref)
     await me.database.run(files.remove, file_id)
     return DeletedFile(id=file_id)
 

@@ -67,10 +67,20 @@ def uploading(api: RunningApi) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
+def stored(api: RunningApi, secret: str) -> list[str]:
+    """The objects of the tenant with this key."""
+    tenant = secret.replace("secret", "tenant")
+    try:
+        found = list(open_store(api.settings).list(api.settings.upload_bucket, f"{tenant}/"))
+    except ObjectNotFound:
+        return []
+    return [each.key for each in found]
+
+
 # --- OpenAI's client ---------------------------------------------------------------------------
 
 
-def test_a_file_comes_back_as_it_was(ann: OpenAI) -> None:
+def test_a_file_comes_back_as_it_was(ann: OpenAI, api: RunningApi, secret: str) -> None:
     file = ann.files.create(file=("photos.jsonl", LINES), purpose="batch")
     assert file.id.startswith("fil_")
     assert (file.object, file.status, file.purpose) == ("file", "processed", "batch")
@@ -80,6 +90,7 @@ def test_a_file_comes_back_as_it_was(ann: OpenAI) -> None:
     assert content.read() == LINES
     assert content.response.headers["content-length"] == str(len(LINES))
     assert ann.files.wait_for_processing(file.id) == file
+    assert stored(api, secret) == [f"{secret.replace('secret', 'tenant')}/files/{file.id}"]
 
 
 def test_content_is_streamed_to_a_file(ann: OpenAI, tmp_path: Path) -> None:
@@ -227,7 +238,7 @@ def test_a_file_needs_a_key(make_client: MakeClient) -> None:
     ],
 )
 def test_a_wrong_field_is_a_bad_request_and_leaves_nothing(
-    ann: OpenAI, api: RunningApi, options: dict[str, Any], param: str
+    ann: OpenAI, api: RunningApi, secret: str, options: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         ann.files.create(**{"file": ("a", b"x"), "purpose": "batch", **options})
@@ -235,6 +246,7 @@ def test_a_wrong_field_is_a_bad_request_and_leaves_nothing(
     assert raised.value.type == "invalid_request_error"
     assert list(ann.files.list()) == []
     assert uploading(api) == []
+    assert stored(api, secret) == []
 
 
 # --- forms that OpenAI's client does not send --------------------------------------------------
@@ -287,7 +299,12 @@ def test_fields_may_come_before_and_after_the_file(
     ],
 )
 def test_a_wrong_form_is_refused_and_leaves_nothing(
-    client: httpx2.Client, api: RunningApi, body: bytes, code: str, param: str | None
+    client: httpx2.Client,
+    api: RunningApi,
+    secret: str,
+    body: bytes,
+    code: str,
+    param: str | None,
 ) -> None:
     answer = post(client, body)
     assert answer.status_code == 400
@@ -295,6 +312,7 @@ def test_a_wrong_form_is_refused_and_leaves_nothing(
     assert (error["code"], error["param"]) == (code, param)
     assert client.get("/v1/files").json()["data"] == []
     assert uploading(api) == []
+    assert stored(api, secret) == []
 
 
 @pytest.mark.parametrize(
@@ -342,3 +360,4 @@ def test_a_client_that_hangs_up_leaves_nothing(
         until(lambda: len(uploading(api)) == 1, 30, "the upload to begin")
     until(lambda: uploading(api) == [], 30, "the upload to be given up")
     assert client.get("/v1/files").json()["data"] == []
+    assert stored(api, secret) == []
