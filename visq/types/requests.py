@@ -278,9 +278,9 @@ class BatchRequest(Wire):
     written beside it."""
 
     input_file_id: Annotated[str, Field(pattern="^fil_[0-9a-f]{32}$")] | None = None
-    """An upload of ``POST /v1/files``, in OpenAI's format."""
+    """An upload of ``POST /v1/files``, one item a line."""
     endpoint: Literal["/v1/chat/completions"] | None = None
-    """With ``input_file_id``: whose requests the file holds."""
+    """With ``input_file_id``: the output files are in OpenAI's form, and not in visq's."""
     completion_window: Annotated[str, Field(max_length=16)] | None = None
     """With ``input_file_id``: after which time it expires: ``24h``, ``90m``, ``7d``."""
     output_expires_after: ExpiresAfter | None = None
@@ -321,10 +321,8 @@ class BatchRequest(Wire):
         if self.input_file_id is None:
             if alien := sorted(openai & self.model_fields_set):
                 raise ValueError(f"`{alien[0]}` goes with `input_file_id`")
-        elif self.endpoint is None:
-            raise ValueError("`endpoint` is missing: `/v1/chat/completions`")
-        elif self.output_uri is not None:
-            raise ValueError("the output of an uploaded file is a file too; leave out `output_uri`")
+        elif self.endpoint is not None and self.output_uri is not None:
+            raise ValueError("the output in OpenAI's form is a file; leave out `output_uri`")
         elif self.expires_in is not None and self.completion_window is not None:
             raise ValueError("give `expires_in` or `completion_window`, not both")
         return self

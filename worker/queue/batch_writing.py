@@ -105,7 +105,7 @@ class BatchWriter:
 
 
 class _File:
-    """One of the two files of a batch in OpenAI's form."""
+    """One of the two output files of a batch whose input is a file."""
 
     def __init__(
         self, batch: Batch, file_id: str | None, kind: str, tenant: str, settings: Settings
@@ -118,7 +118,8 @@ class _File:
         self._size = 0
 
     def begin(self, file: BinaryIO) -> None:
-        self.writer = JsonLines(file, openai_line, packed=False)
+        line = native_line if self._batch.endpoint is None else openai_line
+        self.writer = JsonLines(file, line, packed=False)
 
     def write(self, jobs: list[JobView]) -> None:
         if self.writer is not None:

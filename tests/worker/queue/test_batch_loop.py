@@ -508,6 +508,28 @@ def test_openai_lines_become_files_of_answers_and_of_errors(files: Files) -> Non
     assert failed["custom_id"] == "r0"
 
 
+def test_an_uploaded_file_without_an_endpoint_has_its_output_in_our_form(files: Files) -> None:
+    uri = "s3://visq-uploads/acme/files/x"
+    files.put(uri, jsonl(3))
+    batch_id = files.world.database.run(
+        submit.submit_batch,
+        files.world.tenant_id,
+        BatchRequest(input_file_id="fil_" + "0" * 32),
+        max_attempts=3,
+        input_uri=uri,
+    ).batch.id
+    files.run()
+    files.world.finish(files.world.claimed(files.items(batch_id)[0].id), PERMANENT)
+    files.succeed_all(batch_id)
+    files.run()
+    batch = files.batch(batch_id)
+    output, errors = files.world.database.read(_files, batch.output_file_id, batch.error_file_id)
+    answered = files.lines(output.uri)
+    assert [line["position"] for line in answered] == [1, 2]
+    assert {line["status"] for line in answered} == {"succeeded"}
+    assert [line["status"] for line in files.lines(errors.uri)] == ["failed"]
+
+
 def test_duplicates_wait_for_the_first_and_are_marked(files: Files) -> None:
     same = [{"custom_id": f"s{n}", "prompt": "the same"} for n in range(3)]
     sampled = [
