@@ -139,7 +139,7 @@ def test_a_batch_is_taken_whole_or_not_at_all(client: httpx2.Client) -> None:
         {"custom_id": "b", "prompt": "x", "images": ["http://example.org/a.png"]},
     ]
     response = client.post("/v1/batches", json={"items": items})
-    assert response.status_code == 422
+    assert response.status_code == 400
     assert response.json()["error"]["param"] == "items.1.images.0"
     assert client.get("/v1/batches").json()["data"] == []
     assert client.get("/v1/jobs").json()["data"] == []
@@ -160,7 +160,7 @@ def test_logits_are_refused_at_the_submission(
 ) -> None:
     items = [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "x", **item}]
     response = client.post("/v1/batches", json={"items": items, **batch})
-    assert response.status_code == 422
+    assert response.status_code == 400
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", param)
 
@@ -168,7 +168,7 @@ def test_logits_are_refused_at_the_submission(
 def test_a_name_given_twice_is_refused(client: httpx2.Client) -> None:
     item = {"custom_id": "a", "prompt": "x"}
     response = client.post("/v1/batches", json={"items": [item, item]})
-    assert response.status_code == 422
+    assert response.status_code == 400
     assert "given twice" in response.json()["error"]["message"]
 
 
