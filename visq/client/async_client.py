@@ -10,22 +10,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Unpack
 
 from visq.client import calls, images
+from visq.client.async_batches import AsyncBatches
 from visq.client.flows import RetryPolicy
 from visq.client.images import ImageLike
-from visq.client.options import BatchOptions, ChatOptions, Images, Item, JobOptions
-from visq.client.results import ResultsInOrder
+from visq.client.options import ChatOptions, Images, JobOptions
 from visq.client.runners import AsyncRunner
 from visq.client.servers import find_server
 from visq.client.streaming import TextStream
 from visq.ended import result_of
 from visq.types import (
-    BatchCounts,
-    BatchView,
     ImageView,
     JobEventView,
     JobResult,
@@ -62,6 +60,7 @@ class AsyncClient:
         return await self._runner.run(calls.ready())
 
     async def close(self) -> None:
+        await self.batches.close()
         await self._runner.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -226,69 +225,6 @@ class AsyncSessions:
 
     async def delete(self, session_id: str) -> None:
         await self._runner.run(calls.delete_session(session_id))
-
-
-class AsyncBatch:
-    """A submitted batch; `view` is what was last heard of it."""
-
-    def __init__(self, runner: AsyncRunner, view: BatchView) -> None:
-        self._runner = runner
-        self.view = view
-
-    @property
-    def id(self) -> str:
-        return self.view.id
-
-    @property
-    def counts(self) -> BatchCounts:
-        return self.view.counts
-
-    async def refresh(self) -> BatchView:
-        self.view = await self._runner.run(calls.batch(self.id))
-        return self.view
-
-    async def wait(
-        self,
-        timeout: float | None = None,  # noqa: ASYNC109
-        *,
-        on_progress: Callable[[BatchCounts], None] | None = None,
-    ) -> BatchView:
-        def seen(view: BatchView) -> None:
-            self.view = view
-            if on_progress is not None:
-                on_progress(view.counts)
-
-        return await self._runner.run(calls.wait_batch(self.id, timeout, seen))
-
-    async def results(self) -> AsyncIterator[JobView]:
-        results = ResultsInOrder(self.id)
-        while jobs := await self._runner.run(results.more()):
-            for job in jobs:
-                yield job
-
-    async def cancel(self) -> BatchView:
-        self.view = await self._runner.run(calls.cancel_batch(self.id))
-        return self.view
-
-
-class AsyncBatches:
-    """``client.batches``"""
-
-    def __init__(self, runner: AsyncRunner) -> None:
-        self._runner = runner
-
-    async def submit(self, items: Sequence[Item], **options: Unpack[BatchOptions]) -> AsyncBatch:
-        view = await self._runner.run(calls.submit_batch(items, dict(options)))
-        return AsyncBatch(self._runner, view)
-
-    async def get(self, batch_id: str) -> AsyncBatch:
-        return AsyncBatch(self._runner, await self._runner.run(calls.batch(batch_id)))
-
-    def list(self) -> AsyncIterator[BatchView]:
-        return self._runner.pages(calls.batches())
-
-    async def cancel(self, batch_id: str) -> BatchView:
-        return await self._runner.run(calls.cancel_batch(batch_id))
 
 
 class AsyncImageUploads:

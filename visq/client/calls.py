@@ -1,11 +1,11 @@
-"""Every call of the API as a flow (`visq.client.flows`): used by both clients."""
+"""The calls of the API as flows (`visq.client.flows`); `batch_calls` has those of batches."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import httpx2
@@ -15,8 +15,6 @@ from visq.client import options
 from visq.client.flows import OUTAGE_SECONDS, Answer, Exchange, Flow, Pause, Request
 from visq.client.images import as_list, with_uploads
 from visq.types import (
-    BatchStatus,
-    BatchView,
     JobEventView,
     JobView,
     Json,
@@ -40,12 +38,12 @@ def submit_job(fields: Json, prompt: str | None, images: options.Images) -> Flow
     short_form = {"prompt": prompt, "images": as_list(images)}
     fields |= {name: value for name, value in short_form.items() if value}
     [body] = yield from with_uploads([fields])
-    answer = yield _creation("/v1/jobs", options.job_body(body), key)
+    answer = yield creation("/v1/jobs", options.job_body(body), key)
     return JobView.model_validate_json(answer.body)
 
 
 def job(job_id: str) -> Flow[JobView]:
-    return (yield from _get(f"/v1/jobs/{job_id}", JobView))
+    return (yield from get(f"/v1/jobs/{job_id}", JobView))
 
 
 def wait_job(job_id: str, timeout: float | None) -> Flow[JobView]:
@@ -72,7 +70,7 @@ def wait_job(job_id: str, timeout: float | None) -> Flow[JobView]:
 
 
 def cancel_job(job_id: str) -> Flow[JobView]:
-    return (yield from _post(f"/v1/jobs/{job_id}/cancel", JobView))
+    return (yield from post(f"/v1/jobs/{job_id}/cancel", JobView))
 
 
 def retry_job(job_id: str) -> Flow[JobView]:
@@ -83,36 +81,33 @@ def retry_job(job_id: str) -> Flow[JobView]:
 
 
 def job_history(job_id: str) -> Flow[list[JobEventView]]:
-    page = yield from _get(f"/v1/jobs/{job_id}/history", Page[JobEventView])
+    page = yield from get(f"/v1/jobs/{job_id}/history", Page[JobEventView])
     return page.data
 
 
 def jobs(filters: Json) -> Callable[[str | None], Flow[Page[JobView]]]:
-    return _pages("/v1/jobs", Page[JobView], filters)
+    return pages("/v1/jobs", Page[JobView], filters)
 
 
-def event_stream(job_id: str, last_event_id: str | None) -> Request:
+def job_event_stream(job_id: str, last_event_id: str | None) -> Request:
     """The request of a job's server-sent events, from after `last_event_id`."""
-    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
-    if last_event_id is not None:
-        headers["Last-Event-ID"] = last_event_id
-    return Request("GET", f"/v1/jobs/{job_id}/events", headers=headers)
+    return event_stream(f"/v1/jobs/{job_id}/events", last_event_id)
 
 
 # --- sessions --------------------------------------------------------------------------------
 
 
 def create_session(metadata: Json) -> Flow[SessionView]:
-    answer = yield _creation("/v1/sessions", json.dumps({"metadata": metadata}).encode())
+    answer = yield creation("/v1/sessions", json.dumps({"metadata": metadata}).encode())
     return SessionView.model_validate_json(answer.body)
 
 
 def session(session_id: str) -> Flow[SessionView]:
-    return (yield from _get(f"/v1/sessions/{session_id}", SessionView))
+    return (yield from get(f"/v1/sessions/{session_id}", SessionView))
 
 
 def sessions() -> Callable[[str | None], Flow[Page[SessionView]]]:
-    return _pages("/v1/sessions", Page[SessionView], {})
+    return pages("/v1/sessions", Page[SessionView], {})
 
 
 def delete_session(session_id: str) -> Flow[None]:
@@ -120,77 +115,20 @@ def delete_session(session_id: str) -> Flow[None]:
 
 
 def session_messages(session_id: str) -> Callable[[str | None], Flow[Page[StoredMessage]]]:
-    return _pages(f"/v1/sessions/{session_id}/messages", Page[StoredMessage], {})
+    return pages(f"/v1/sessions/{session_id}/messages", Page[StoredMessage], {})
 
 
 def fork_session(session_id: str, at_turn: int | None) -> Flow[SessionView]:
     body = {} if at_turn is None else {"at_turn": at_turn}
-    answer = yield _creation(f"/v1/sessions/{session_id}/fork", json.dumps(body).encode())
+    answer = yield creation(f"/v1/sessions/{session_id}/fork", json.dumps(body).encode())
     return SessionView.model_validate_json(answer.body)
-
-
-# --- batches ---------------------------------------------------------------------------------
-
-
-def submit_batch(items: Sequence[options.Item], fields: Json) -> Flow[BatchView]:
-    """Upload the local images of all items, then submit them. `fields`: `BatchOptions`."""
-    key = fields.pop("idempotency_key", None)
-    bodies = [options.item_fields(item, number) for number, item in enumerate(items)]
-    bodies = yield from with_uploads(bodies)
-    answer = yield _creation("/v1/batches", options.batch_body({**fields, "items": bodies}), key)
-    return BatchView.model_validate_json(answer.body)
-
-
-def batch(batch_id: str, *, patient: bool = False) -> Flow[BatchView]:
-    patience = OUTAGE_SECONDS if patient else 0.0
-    answer = yield Request("GET", f"/v1/batches/{batch_id}", patience_seconds=patience)
-    return BatchView.model_validate_json(answer.body)
-
-
-def wait_batch(
-    batch_id: str, timeout: float | None, seen: Callable[[BatchView], None]
-) -> Flow[BatchView]:
-    """Wait until all items of a batch have ended; `seen` is called with each new state.
-
-    :raises TimeoutError: they have not within `timeout` seconds.
-    """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    pauses = Pauses()
-    last: BatchView | None = None
-    while True:
-        view = yield from batch(batch_id, patient=True)
-        if view != last:
-            seen(view)
-            pauses.reset()
-            last = view
-        if has_ended(view):
-            return view
-        if deadline is not None and time.monotonic() >= deadline:
-            raise TimeoutError(f"batch {batch_id} has not ended after {timeout:g} s")
-        yield pauses.next()
-
-
-def has_ended(view: BatchView) -> bool:
-    return view.status in (BatchStatus.COMPLETED, BatchStatus.CANCELLED)
-
-
-def batches() -> Callable[[str | None], Flow[Page[BatchView]]]:
-    return _pages("/v1/batches", Page[BatchView], {})
-
-
-def batch_results(batch_id: str) -> Callable[[str | None], Flow[Page[JobView]]]:
-    return _pages(f"/v1/batches/{batch_id}/results", Page[JobView], {})
-
-
-def cancel_batch(batch_id: str) -> Flow[BatchView]:
-    return (yield from _post(f"/v1/batches/{batch_id}/cancel", BatchView))
 
 
 # --- the rest --------------------------------------------------------------------------------
 
 
 def models() -> Flow[list[ModelView]]:
-    page = yield from _get("/v1/models", Page[ModelView])
+    page = yield from get("/v1/models", Page[ModelView])
     return page.data
 
 
@@ -218,23 +156,38 @@ class Pauses:
         return pause
 
 
-def _get(path: str, kind: type[ViewT]) -> Flow[ViewT]:
+# --- forms of calls --------------------------------------------------------------------------
+
+
+def get(path: str, kind: type[ViewT]) -> Flow[ViewT]:
     answer = yield Request("GET", path)
     return kind.model_validate_json(answer.body)
 
 
-def _post(path: str, kind: type[ViewT]) -> Flow[ViewT]:
+def post(path: str, kind: type[ViewT]) -> Flow[ViewT]:
     """A call that may be repeated without harm."""
     answer = yield Request("POST", path)
     return kind.model_validate_json(answer.body)
 
 
-def _creation(path: str, body: bytes, key: str | None = None) -> Request:
+def creation(
+    path: str, body: bytes, key: str | None = None, *, answer_seconds: float = 0.0
+) -> Request:
     """A request that makes something: its key, kept over its retries, lets it make that once."""
-    return Request("POST", path, headers={"Idempotency-Key": key or uuid.uuid4().hex}, json=body)
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    return Request("POST", path, headers=headers, json=body, answer_seconds=answer_seconds)
 
 
-def _pages(path: str, kind: type[ViewT], filters: Json) -> Callable[[str | None], Flow[ViewT]]:
+def event_stream(
+    path: str, last_event_id: str | None, params: Mapping[str, str] | None = None
+) -> Request:
+    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+    if last_event_id is not None:
+        headers["Last-Event-ID"] = last_event_id
+    return Request("GET", path, params=params or {}, headers=headers)
+
+
+def pages(path: str, kind: type[ViewT], filters: Json) -> Callable[[str | None], Flow[ViewT]]:
     given: dict[str, Any] = {name: value for name, value in filters.items() if value is not None}
 
     def page(cursor: str | None) -> Flow[ViewT]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 import httpx2
 
@@ -46,8 +46,10 @@ class Request:
     params: Mapping[str, str | int | float] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     json: bytes | None = None
-    file: tuple[str, bytes] | None = None
-    """Name and content of an upload."""
+    file: tuple[str, bytes | BinaryIO] | None = None
+    """Name and content of an upload; of an open file, all of it."""
+    form: Mapping[str, str] = field(default_factory=dict)
+    """Fields beside it."""
     answer_seconds: float = 0.0
     """How long the server may think about it, beyond the client's time-out."""
     patience_seconds: float = 0.0

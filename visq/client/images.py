@@ -46,19 +46,28 @@ def upload(image: ImageLike) -> Flow[ImageView]:
     return ImageView.model_validate_json(answer.body)
 
 
-def with_uploads(bodies: Sequence[Json]) -> Flow[list[Json]]:
-    """`bodies` (of jobs or batch items) with each local image uploaded, the same one once."""
+def with_uploads(
+    bodies: Sequence[Json], known: dict[object, str] | None = None
+) -> Flow[list[Json]]:
+    """`bodies` (of jobs or batch items) with each local image uploaded, the same one once.
+
+    :param known: ids of paths that were uploaded before; those that are uploaded here are added.
+    """
     local: dict[object, ImageLike] = {}
+    known = {} if known is None else known
 
     def note(image: ImageLike) -> str:
-        if not is_reference(image):
+        if not is_reference(image) and _identity(image) not in known:
             local[_identity(image)] = image
         return ""
 
     for body in bodies:
         _map_images(body, note)
     views: list[ImageView] = yield Together([upload(image) for image in local.values()])
-    ids = {identity: view.id for identity, view in zip(local, views, strict=True)}
+    new = {identity: view.id for identity, view in zip(local, views, strict=True)}
+    # An `id` may be another object's later; a path stays what it is.
+    known |= {identity: id_ for identity, id_ in new.items() if isinstance(identity, str)}
+    ids = known | new
     return [
         _map_images(body, lambda image: ids.get(_identity(image)) or str(image)) for body in bodies
     ]
@@ -76,13 +85,15 @@ def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     return [images]  # type: ignore[list-item]  # mypy cannot tell a sequence from a str
 
 
-def _map_images(body: Json, change: Callable[[ImageLike], str]) -> Json:
+def _map_images(body: Mapping[str, Any], change: Callable[[ImageLike], str]) -> Json:
     """A copy of a prompt with each image in it replaced by ``change(image)``."""
     body = dict(body)
     if body.get("images") is not None:
         body["images"] = [change(image) for image in as_list(body["images"])]
     if body.get("messages") is not None:
         body["messages"] = [_map_message(message, change) for message in body["messages"]]
+    if isinstance(body.get("body"), Mapping):  # a line of OpenAI's batch files
+        body["body"] = _map_images(body["body"], change)
     return body
 
 

@@ -14,6 +14,8 @@ import httpx2
 from visq import __version__
 from visq.client import calls
 from visq.client.answers import error_of
+from visq.client.batch_calls import event_stream
+from visq.client.batch_feed import BatchEvent, BatchFeed
 from visq.client.flows import (
     Answer,
     Exchange,
@@ -85,7 +87,8 @@ class Runner:
         reconnects = Reconnects(self._policy)
         while text.job is None:
             try:
-                for event in self._events(job_id, text.last_event_id, reconnects):
+                request = calls.job_event_stream(job_id, text.last_event_id)
+                for event in self._events(request, reconnects):
                     if piece := text.feed(event):
                         yield piece
             except Unavailable as error:
@@ -97,10 +100,22 @@ class Runner:
                 if view.status.is_terminal and (piece := text.ended(view)):
                     yield piece
 
-    def _events(
-        self, job_id: str, last_event_id: str | None, reconnects: Reconnects
-    ) -> Iterator[httpx2.ServerSentEvent]:
-        request = calls.event_stream(job_id, last_event_id)
+    def batch_events(self, batch_id: str, feed: BatchFeed, *, items: bool) -> Iterator[BatchEvent]:
+        """What happens in a batch until its end, over broken connections."""
+        reconnects = Reconnects(self._policy)
+        while not feed.ended:
+            request = event_stream(batch_id, items=items, last_event_id=feed.last_event_id)
+            try:
+                for event in self._events(request, reconnects):
+                    if said := feed.feed(event):
+                        yield said
+            except Unavailable as error:
+                time.sleep(reconnects.after(error))
+                continue
+            if not feed.ended:  # the server closed the stream before the batch ended
+                time.sleep(CLOSED_PAUSE)
+
+    def _events(self, request: Request, reconnects: Reconnects) -> Iterator[httpx2.ServerSentEvent]:
         try:
             with self._http.stream(**_arguments(request, self._timeout)) as response:
                 if response.status_code >= 400:
@@ -167,7 +182,8 @@ class AsyncRunner:
         reconnects = Reconnects(self._policy)
         while text.job is None:
             try:
-                async with aclosing(self._events(job_id, text.last_event_id, reconnects)) as events:
+                request = calls.job_event_stream(job_id, text.last_event_id)
+                async with aclosing(self._events(request, reconnects)) as events:
                     async for event in events:
                         if piece := text.feed(event):
                             yield piece
@@ -180,10 +196,26 @@ class AsyncRunner:
                 if view.status.is_terminal and (piece := text.ended(view)):
                     yield piece
 
+    async def batch_events(
+        self, batch_id: str, feed: BatchFeed, *, items: bool
+    ) -> AsyncIterator[BatchEvent]:
+        reconnects = Reconnects(self._policy)
+        while not feed.ended:
+            request = event_stream(batch_id, items=items, last_event_id=feed.last_event_id)
+            try:
+                async with aclosing(self._events(request, reconnects)) as events:
+                    async for event in events:
+                        if said := feed.feed(event):
+                            yield said
+            except Unavailable as error:
+                await asyncio.sleep(reconnects.after(error))
+                continue
+            if not feed.ended:
+                await asyncio.sleep(CLOSED_PAUSE)
+
     async def _events(
-        self, job_id: str, last_event_id: str | None, reconnects: Reconnects
+        self, request: Request, reconnects: Reconnects
     ) -> AsyncGenerator[httpx2.ServerSentEvent]:
-        request = calls.event_stream(job_id, last_event_id)
         try:
             async with self._http.stream(**_arguments(request, self._timeout)) as response:
                 if response.status_code >= 400:
@@ -234,6 +266,7 @@ def _arguments(request: Request, timeout: float) -> dict[str, Any]:
         "params": dict(request.params),
         "headers": headers,
         "content": request.json,
+        "data": dict(request.form) or None,
         "files": None if request.file is None else {"file": request.file},
         "timeout": httpx2.Timeout(timeout, read=timeout + request.answer_seconds),
     }

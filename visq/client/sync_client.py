@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Unpack
 
 from visq.client import calls, images
 from visq.client.flows import RetryPolicy
 from visq.client.images import ImageLike
-from visq.client.options import BatchOptions, ChatOptions, Images, Item, JobOptions
-from visq.client.results import ResultsInOrder
+from visq.client.options import ChatOptions, Images, JobOptions
 from visq.client.runners import Runner
 from visq.client.servers import find_server
 from visq.client.streaming import TextStream
+from visq.client.sync_batches import Batches
 from visq.ended import result_of
 from visq.types import (
-    BatchCounts,
-    BatchView,
     ImageView,
     JobEventView,
     JobResult,
@@ -69,6 +67,8 @@ class Client:
         return self._runner.run(calls.ready())
 
     def close(self) -> None:
+        """Batches of `batches.run` whose items were not all taken are cancelled."""
+        self.batches.close()
         self._runner.close()
 
     def __enter__(self) -> Client:
@@ -264,82 +264,6 @@ class Sessions:
 
     def delete(self, session_id: str) -> None:
         self._runner.run(calls.delete_session(session_id))
-
-
-class Batch:
-    """A submitted batch; `view` is what was last heard of it."""
-
-    def __init__(self, runner: Runner, view: BatchView) -> None:
-        self._runner = runner
-        self.view = view
-
-    @property
-    def id(self) -> str:
-        return self.view.id
-
-    @property
-    def counts(self) -> BatchCounts:
-        return self.view.counts
-
-    def refresh(self) -> BatchView:
-        self.view = self._runner.run(calls.batch(self.id))
-        return self.view
-
-    def wait(
-        self,
-        timeout: float | None = None,
-        *,
-        on_progress: Callable[[BatchCounts], None] | None = None,
-    ) -> BatchView:
-        """Wait until all its items have ended; `on_progress` is told of each change.
-
-        :raises TimeoutError: they have not within `timeout` seconds; it goes on.
-        """
-
-        def seen(view: BatchView) -> None:
-            self.view = view
-            if on_progress is not None:
-                on_progress(view.counts)
-
-        return self._runner.run(calls.wait_batch(self.id, timeout, seen))
-
-    def results(self) -> Iterator[JobView]:
-        """Its items in input order, each as soon as it and those before it have ended."""
-        results = ResultsInOrder(self.id)
-        while jobs := self._runner.run(results.more()):
-            yield from jobs
-
-    def cancel(self) -> BatchView:
-        """End all items that have not ended."""
-        self.view = self._runner.run(calls.cancel_batch(self.id))
-        return self.view
-
-
-class Batches:
-    """``client.batches``"""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-
-    def submit(self, items: Sequence[Item], **options: Unpack[BatchOptions]) -> Batch:
-        """Submit a batch.
-
-        :param items: ``(prompt, image)`` pairs, or dicts with the fields of a batch item.
-        :raises InvalidRequest: names the field that does not fit.
-        """
-        view = self._runner.run(calls.submit_batch(items, dict(options)))
-        return Batch(self._runner, view)
-
-    def get(self, batch_id: str) -> Batch:
-        """:raises NotFound: no such batch."""
-        return Batch(self._runner, self._runner.run(calls.batch(batch_id)))
-
-    def list(self) -> Iterator[BatchView]:
-        """All batches, newest first."""
-        return self._runner.pages(calls.batches())
-
-    def cancel(self, batch_id: str) -> BatchView:
-        return self._runner.run(calls.cancel_batch(batch_id))
 
 
 class ImageUploads:

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.api.running import PlayedWorker, RunningApi
 from tests.visq.client.faulty import Close, Cut, FaultyServer, LoseAnswer
 from visq import AsyncClient, errors
-from visq.client import async_client, sync_client
+from visq.client import async_batches, async_client, sync_batches, sync_client
 
 
 @pytest.fixture
@@ -92,11 +92,17 @@ async def test_a_broken_stream_goes_on_where_it_broke(
 
 
 @pytest.mark.parametrize(
-    "name", ["Client", "Job", "Jobs", "Session", "Sessions", "Batch", "Batches"]
+    ("blocking", "awaiting"),
+    [
+        (getattr(sync, name), getattr(awaited, f"Async{name}"))
+        for sync, awaited, names in (
+            (sync_client, async_client, ("Client", "Job", "Jobs", "Session", "Sessions")),
+            (sync_batches, async_batches, ("Batch", "BatchRun", "Batches")),
+        )
+        for name in names
+    ],
 )
-def test_both_clients_have_the_same_calls(name: str) -> None:
-    blocking = getattr(sync_client, name)
-    awaiting = getattr(async_client, f"Async{name}")
+def test_both_clients_have_the_same_calls(blocking: type, awaiting: type) -> None:
 
     def calls(kind: type) -> dict[str, list[str]]:
         return {
