@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visq.batch_files.items import ItemError, item_of
@@ -240,6 +240,7 @@ VALUES = st.recursive(
 BODY = ["model", "messages", "n", "stop", "session", "session_id", "response_format", "logprobs"]
 
 
+@settings(deadline=None)
 @given(
     whole=st.sampled_from([native(), openai()]),
     changes=st.dictionaries(WORDS, VALUES, max_size=3),
@@ -254,6 +255,7 @@ def test_of_any_object_comes_an_item_or_an_item_error(
     read_or_refused(json.dumps(line).encode())
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=40) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_of_any_bytes_comes_an_item_or_an_item_error(data: bytes) -> None:
     read_or_refused(data)

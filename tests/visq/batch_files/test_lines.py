@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visq.batch_files.lines import Line, lines
@@ -125,6 +125,7 @@ LINE = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     parts=st.lists(st.tuples(LINE, st.sampled_from([b"\n", b"\r\n"])), max_size=12),
     last=LINE,
