@@ -81,15 +81,9 @@ class BatchReader:
         :raises NotFound, ObjectForbidden, ObjectChanged: it cannot be read.
         :raises Unavailable: the store does not answer.
         """
-        assert batch.input_uri is not None
-        numbered = (
-            self._images(batch, place)
-            if batch.input_uri.endswith("/")
-            else self._lines(batch, place)
-        )
         items: list[NewItem] = []
         size = 0
-        with closing(numbered):
+        with closing(self._found(batch, place)) as numbered:
             for found in numbered:
                 items.append(self._resolved(found.item, batch, tenant))
                 place = found.place
@@ -104,6 +98,18 @@ class BatchReader:
             )
         yield Chunk(items, place, is_last=True)
 
+    def items(self, batch: Batch) -> Iterator[NewItem]:
+        """All items as they are written: nothing is stored, and no image is looked at. With the
+        errors of `chunks`."""
+        with closing(self._found(batch, Place())) as numbered:
+            for found in numbered:
+                yield found.item
+
+    def _found(self, batch: Batch, place: Place) -> Generator[_Found]:
+        assert batch.input_uri is not None
+        is_prefix = batch.input_uri.endswith("/")
+        return self._images(batch, place) if is_prefix else self._lines(batch, place)
+
     def _lines(self, batch: Batch, place: Place) -> Generator[_Found]:
         uri = batch.input_uri or ""
         models = self._served()
@@ -111,7 +117,11 @@ class BatchReader:
             if uri.endswith(".parquet"):
                 from visq.batch_files.parquet import parquet_lines
 
-                found: Iterator[Line] = parquet_lines(file, number=place.position)
+                found: Iterator[Line] = parquet_lines(
+                    file,
+                    max_bytes=self._settings.max_line_bytes,
+                    number=place.position,
+                )
             else:
                 found = lines(
                     file,
