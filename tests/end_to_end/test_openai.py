@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
@@ -24,6 +26,8 @@ from visq.objects import open_store, parse_uri
 from visq.settings import Settings
 
 pytestmark = pytest.mark.timeout(120)
+
+DOC = Path(__file__).parents[2] / "docs" / "openai.md"
 
 LONG = {"min_tokens": 1800}
 """An answer that lasts for some seconds."""
@@ -341,3 +345,15 @@ def test_langchain_invokes_and_streams_with_an_image(deployment: Deployment) -> 
     pieces = list(model.stream([message], stream_usage=True))
     assert "".join(str(piece.content) for piece in pieces) == whole.content
     assert any(piece.usage_metadata for piece in pieces)
+
+
+def test_the_program_of_the_documentation_runs(
+    deployment: Deployment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = re.search(r"<!-- chat -->\n```python\n(.*?)^```", DOC.read_text(), re.M | re.S)
+    assert found
+    uri = "s3://pictures/shapes.png"
+    open_store(Settings(data=deployment.folder)).put(parse_uri(uri), png(), "image/png")
+    program = found[1].replace("http://127.0.0.1:8710", deployment.url)
+    exec(program.replace("your key of visq", API_KEY), {})
+    assert capsys.readouterr().out.strip()
