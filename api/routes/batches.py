@@ -6,6 +6,7 @@ import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi.responses import JSONResponse
 from pydantic import Field
 from sqlalchemy.orm import Session
 
@@ -14,6 +15,7 @@ from api.auth import Me, authenticated
 from api.batch_events import BATCH_EVENT_SCHEMA, batch_events
 from api.batch_intake import batch_input
 from api.errors import OPENAI, as_openai, documented
+from api.estimates import estimate
 from api.events import EventStream
 from api.fields import BatchIdPath, IdempotencyKey, PageParameters, Parameters, page_of
 from api.intake import fingerprint, resolve_batch
@@ -26,7 +28,7 @@ from models.tables import Batch, Job
 from models.views import batch_view, job_view
 from visq import points
 from visq.errors import NotFound, ObjectForbidden, ObjectNotFound
-from visq.types import BatchPage, BatchRequest, BatchView, JobView, Page
+from visq.types import BatchEstimate, BatchPage, BatchRequest, BatchView, JobView, Page
 
 router = APIRouter(
     prefix="/v1/batches", tags=["batches"], dependencies=[as_openai, Depends(authenticated)]
@@ -62,7 +64,9 @@ class Follow(Parameters):
     operation_id="submit_batch",
     summary="Submit a batch",
     status_code=202,
+    response_model=BatchView,
     responses={
+        200: {"model": BatchEstimate, "description": "With `dry_run`: what it would be."},
         202: openapi.example(examples.BATCH, location=True),
         **documented(ObjectNotFound, ObjectForbidden, *SUBMIT_ERRORS, face=OPENAI),
     },
@@ -74,12 +78,16 @@ async def submit(
     response: Response,
     request: Annotated[BatchRequest, Depends(json_body(BatchRequest))],
     idempotency_key: IdempotencyKey = None,
-) -> BatchView:
+) -> BatchView | Response:
     """Accept a batch: its `items`, whole or not at all; or a file of items (`input_uri`,
     `input_file_id`), which is read after this answer, and whose wrong lines become failed items.
-    Each item is a job of its own, with `custom_id`."""
-    sent = await fingerprint(request, idempotency_key)
+    Each item is a job of its own, with `custom_id`. With `dry_run` nothing is accepted: the answer,
+    with status 200, says what the batch would be."""
     input_uri = await batch_input(here, me, request)
+    if request.dry_run:
+        counted = await estimate(here, me, request, input_uri)
+        return JSONResponse(counted.model_dump(mode="json"))
+    sent = await fingerprint(request, idempotency_key)
     request = await resolve_batch(here, me, request)
     # In a thread: ten thousand rows take a second or two.
     submitted = await asyncio.to_thread(

@@ -1,0 +1,74 @@
+"""What the latest jobs took: from it the cost of others is estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from models.database import db_now
+from models.tables import Job, JobEvent
+from visq.types import JobStatus, Prompt
+
+LATEST_JOBS: Final = 200
+LATEST_RUNS: Final = 500
+RECENT_SECONDS: Final = 600.0
+RECENT_EVENTS: Final = 50_000
+"""No more transitions are looked through for runs: there is no index by their time."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt without a history, and the tokens that it was."""
+
+    prompt: Prompt
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One that succeeded."""
+
+    started_at: datetime
+    finished_at: datetime
+    worker: str | None
+
+
+def latest_prompts(session: Session) -> list[Asked]:
+    """Of the latest jobs that succeeded, outside of sessions (whose prompts have a history)."""
+    rows = session.execute(
+        select(Job.request, Job.result)
+        .where(Job.status == JobStatus.SUCCEEDED, Job.session_id.is_(None))
+        .order_by(Job.id.desc())
+        .limit(LATEST_JOBS)
+    )
+    return [
+        Asked(_prompt(request), tokens)
+        for request, result in rows
+        # Answers that were made for another item used none.
+        if result is not None and (tokens := result["usage"]["prompt_tokens"])
+    ]
+
+
+def latest_runs(session: Session) -> list[Run]:
+    """Of the last minutes, of all tenants: call it on a session that is not scoped to one."""
+    newest = session.scalar(select(func.max(JobEvent.id))) or 0
+    rows = session.execute(
+        select(Job.started_at, Job.finished_at, JobEvent.worker)
+        .join(Job, Job.id == JobEvent.job_id)
+        .where(
+            JobEvent.id > newest - RECENT_EVENTS,
+            JobEvent.to_status == JobStatus.SUCCEEDED,
+            JobEvent.at > db_now(-RECENT_SECONDS),
+        )
+        .order_by(JobEvent.id.desc())
+        .limit(LATEST_RUNS)
+    )
+    return [Run(start, end, worker) for start, end, worker in rows if start and end]
+
+
+def _prompt(request: dict[str, Any]) -> Prompt:
+    return Prompt.model_validate({k: v for k, v in request.items() if k in Prompt.model_fields})
