@@ -9,7 +9,7 @@ from typing import Final, cast
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from visq.errors import ModelNotFound, Unavailable
+from visq.errors import Unavailable
 from visq.streams import (
     FAILED_WORKERS_KEY,
     WORKERS_KEY,
@@ -53,20 +53,12 @@ class Workers:
         """:raises Unavailable: Redis does not answer."""
         return (await self.look()).alive
 
-    async def check_model(self, model: str) -> None:
-        """Without any worker, or while nobody can know, every model passes: its worker may come.
-
-        :raises ModelNotFound: there are workers, and none of them serves `model`.
-        """
+    async def models(self) -> set[str] | None:
+        """What is served now; ``None``: nobody can know."""
         try:
-            served = sorted({worker.model for worker in await self.alive()})
+            return {worker.model for worker in await self.alive()}
         except Unavailable:
-            return
-        if served and model not in served:
-            raise ModelNotFound(
-                f"no worker serves the model {model!r}; served now: {', '.join(served)}",
-                param="model",
-            )
+            return None
 
     async def any_alive(self) -> bool:
         """Whether a worker is alive; yes, if nobody can know."""

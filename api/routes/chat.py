@@ -26,7 +26,7 @@ from visq.errors import (
     ModelNotFound,
     NotFound,
 )
-from visq.openai.requests import ChatCompletionRequest, to_job
+from visq.openai.requests import ChatCompletionRequest, check_model, to_job
 from visq.types import JobRequest
 
 router = APIRouter(
@@ -89,7 +89,7 @@ async def create(
     """The chat is a job of the lane `interactive`: it waits until it is answered, however long
     that takes. A client that hangs up cancels the job, unless it has given an `Idempotency-Key`."""
     request = to_job(asked)
-    await here.workers.check_model(asked.model)
+    check_model(asked.model, await here.workers.models())
     job = await commands.submit(
         here, me, _seeded(request), sent=asked, idempotency_key=idempotency_key
     )

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from visq.batch_files.lines import Line
-from visq.errors import InvalidRequest, LineTooLong, ModelNotFound, VisqError
-from visq.openai.requests import ChatCompletionRequest, to_prompt
+from visq.errors import InvalidRequest, LineTooLong, VisqError
+from visq.openai.requests import ChatCompletionRequest, check_model, to_prompt
 from visq.references import check_answerable
 from visq.types import BatchItem, Wire
 from visq.validation import as_model, strict_json
@@ -97,15 +97,6 @@ def _asked(line: RequestLine, models: Collection[str] | None) -> BatchItem:
         after=line.after,
         metadata=body.metadata or {},
     )
-
-
-def check_model(model: str, models: Collection[str] | None) -> None:
-    """:raises ModelNotFound: it is none of `models`."""
-    if models and model not in models:
-        served = ", ".join(f"`{each}`" for each in sorted(models))
-        raise ModelNotFound(
-            f"no worker serves the model {model!r}; served: {served}", param="model"
-        )
 
 
 def _custom_id(value: object) -> str | None:

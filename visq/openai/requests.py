@@ -7,11 +7,12 @@ knows are errors: a misspelt field is not a silent default.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import Field, JsonValue
 
-from visq.errors import InvalidRequest, UnsupportedParameter
+from visq.errors import InvalidRequest, ModelNotFound, UnsupportedParameter
 from visq.openai.messages import ChatMessage, to_messages
 from visq.types import (
     MAX_INT64,
@@ -169,6 +170,17 @@ class ChatCompletionRequest(Ignored, Refused):
     """visq's own; ``null``: ``interactive``."""
     expires_in: Annotated[float, Field(gt=0, le=30 * 86_400)] | None = None
     """visq's own: seconds from now after which the job ends, wherever it is."""
+
+
+def check_model(model: str, served: Collection[str] | None) -> None:
+    """Without any worker, or while nobody can know (``None``), every model passes: its worker may
+    come.
+
+    :raises ModelNotFound: it is none of those that are `served`.
+    """
+    if served and model not in served:
+        names = ", ".join(f"`{each}`" for each in sorted(served))
+        raise ModelNotFound(f"no worker serves the model {model!r}; served: {names}", param="model")
 
 
 def to_prompt(request: ChatCompletionRequest) -> Prompt:
