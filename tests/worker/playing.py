@@ -138,6 +138,7 @@ def claimed_work(*urls: str, history: list[Remembered] | None = None, accept: bo
         tenant="acme",
         lane=Lane.INTERACTIVE,
         batch_id=None,
+        dedupe_key=None,
         prompt=Prompt(prompt="what is this?", images=list(urls)),
         accept_changed_images=accept,
         history=history or [],
