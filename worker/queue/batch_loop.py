@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 import redis
 import structlog
 
-from models import batch_holds
+from models import batch_holds, files
 from models.batch_holds import Hold, HoldLostError, place_of
 from models.batch_items import ImageOrder
 from models.database import Database
@@ -35,6 +35,10 @@ HOLD_SECONDS: Final = 30.0
 """Without a chunk for so long, another process takes over."""
 
 TURN_SECONDS: Final = 5.0
+
+CLEAR_SECONDS: Final = 60.0
+"""Time between two looks for files that have expired."""
+EXPIRED_AT_ONCE: Final = 100
 
 ORDERS: Final = 8
 """Batches whose images are remembered, so that a batch that had to give way goes on as it began."""
@@ -185,12 +189,26 @@ class BatchLoop:
         except (redis.RedisError, OSError):
             return None
 
+    def clear_files(self) -> None:
+        """Delete files whose time is over. Several processes may do it at a time.
+
+        :raises Unavailable: the database or the store does not answer.
+        """
+        for file in self._database.read(files.expired, EXPIRED_AT_ONCE):
+            # The object first: a row that is left is found again.
+            self._store.delete(parse_uri(file.uri))
+            self._database.run(files.remove, file.id)
+
     def _loop(self) -> None:
+        cleared = -CLEAR_SECONDS
         while not self._stopping.is_set():
             self._woken.clear()
             try:
                 while not self._stopping.is_set() and self.round():
                     pass
+                if time.monotonic() - cleared > CLEAR_SECONDS:
+                    cleared = time.monotonic()
+                    self.clear_files()
             except Unavailable as error:
                 log.warning("batches are left for later", error=str(error))
             except Exception:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from migrations import run as migrations
 from models import batch_holds, batch_windows, batches, dispatch, jobs, reading, submit
+from models import files as stored_files
 from models.database import Database, db_now
 from models.tables import Batch, Job, Outbox, StoredFile
 from models.views import batch_view
@@ -581,3 +582,25 @@ def _files(
 ) -> tuple[StoredFile, StoredFile]:
     found = {row.id: row for row in session.scalars(select(StoredFile))}
     return found[str(output)], found[str(errors)]
+
+
+def test_files_are_deleted_when_their_time_is_over(files: Files) -> None:
+    database, tenant_id = files.world.database, files.world.tenant_id
+    for name, seconds in (("old", 0.0), ("young", 3600.0), ("kept", None)):
+        uri = f"s3://visq-uploads/acme/files/{name}"
+        files.put(uri, b"x")
+        database.run(
+            stored_files.add,
+            tenant_id,
+            file_id=f"fil_{name}",
+            filename=name,
+            purpose="batch",
+            uri=uri,
+            size=1,
+            expires_in=seconds,
+        )
+    files.loop().clear_files()
+    left = files.store.list("visq-uploads", "acme/files/")
+    assert [each.key for each in left] == ["acme/files/kept", "acme/files/young"]
+    rows = database.read(stored_files.list_files, limit=10)
+    assert sorted(row.filename for row in rows) == ["kept", "young"]
