@@ -21,6 +21,7 @@ import secrets
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
 NAME_PREFIX: Final = "/visq-"
 """All names begin with this and the worker's process id; they are files in ``/dev/shm``."""
 
+SHARED_MEMORY: Final = Path("/dev/shm")
+"""Where it is a folder."""
+
 _CHANNELS: Final = 3
+
+
+class SharedMemoryFullError(Unavailable):
+    """There is no room for a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +56,17 @@ class PixelBuffer:
     sha256: str
     """SHA-256, hexadecimal, of the encoded bytes that were fetched (not of the pixels)."""
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes of shared memory: whole pages."""
+        pages = -(-self.height * self.width * _CHANNELS // mmap.PAGESIZE)
+        return pages * mmap.PAGESIZE
+
     @classmethod
     def create(cls, array: NDArray[np.uint8], sha256: str) -> PixelBuffer:
         """Copy `array` into new shared memory.
 
-        :raises Unavailable: if there is no room for it.
+        :raises SharedMemoryFullError: if there is no room for it.
         """
         with reserved_name() as name:
             write_pixels(name, array)
@@ -103,7 +117,7 @@ def reserved_name() -> Iterator[str]:
 def write_pixels(name: str, array: NDArray[np.uint8]) -> None:
     """Write a picture, (height, width, 3) of uint8, under a name reserved by `reserved_name`.
 
-    :raises Unavailable: if there is no room for it.
+    :raises SharedMemoryFullError: if there is no room for it.
     :raises MemoryError: if this process may not use so much.
     """
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != _CHANNELS or not array.size:
@@ -119,7 +133,7 @@ def write_pixels(name: str, array: NDArray[np.uint8]) -> None:
         if error.errno == errno.ENOMEM:
             raise MemoryError from error
         if error.errno == errno.ENOSPC:
-            raise Unavailable(
+            raise SharedMemoryFullError(
                 "shared memory is full: give the worker a larger /dev/shm (containers have 64 MB "
                 "by default) or a smaller VISQ_CONCURRENCY"
             ) from error

@@ -179,6 +179,9 @@ class Settings(BaseSettings):
     media_cache: Path | None = None
     """Folder of the worker's image cache; unset: in the data folder."""
     media_cache_bytes: Annotated[int, Field(ge=0)] = 1024 * MIB
+    pixel_cache_bytes: Annotated[int, Field(ge=0)] = 128 * MIB
+    """Shared memory for decoded images that no job shows any more, in case that others do; 0: none.
+    Never more than an eighth of ``/dev/shm`` is taken."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

@@ -14,7 +14,6 @@ import threading
 import uuid
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
 import redis
@@ -27,6 +26,7 @@ from models.database import Database
 from visq import logs
 from visq.errors import ConfigurationError
 from visq.objects import open_store
+from visq.pixels import SHARED_MEMORY
 from visq.settings import Settings
 from visq.streams import WorkerInfo, announce_failure, withdraw_failures
 from worker.engine import start_engine
@@ -48,8 +48,6 @@ PostgreSQL allows 100 connections to all."""
 
 PICTURES_OF_A_JOB: Final = 16 * 1024 * 1024
 """Bytes in shared memory that a job is expected to hold: pictures of 5 megapixels together."""
-
-SHARED_MEMORY: Final = Path("/dev/shm")
 
 
 def run(settings: Settings) -> int:

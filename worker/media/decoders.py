@@ -21,8 +21,8 @@ import queue
 import threading
 from typing import Final
 
-from visq.errors import ImageError, ImageTooLarge, ImageUndecodable, Unavailable, VisqError
-from visq.pixels import PixelBuffer, reserved_name
+from visq.errors import ImageTooLarge, ImageUndecodable, Unavailable, VisqError
+from visq.pixels import PixelBuffer, SharedMemoryFullError, reserved_name
 from worker.media.decoder import Limits, serve
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ _TRIES: Final = 2
 _MAX_ANSWER: Final = 10_000
 
 _ERRORS: Final[dict[str, type[VisqError]]] = {
-    kind.code: kind for kind in (ImageTooLarge, ImageUndecodable, Unavailable)
+    # (What is unavailable to a media process is shared memory.)
+    kind.code: kind
+    for kind in (ImageTooLarge, ImageUndecodable, SharedMemoryFullError)
 }
 
 
@@ -55,18 +57,17 @@ class Decoders:
         """The processes' ids now."""
         return [decoder.pid for decoder in self._all]
 
-    def decode(self, data: bytes, sha256: str, *, name: str) -> PixelBuffer:
+    def decode(self, data: bytes, sha256: str) -> PixelBuffer:
         """Decode the encoded image `data`; waits for a free process.
 
-        :param name: names the image in errors.
-        :raises ImageTooLarge, ImageUndecodable: by the rules of `worker.media.decode`.
-        :raises Unavailable: no room in shared memory, no process, or `close` was called.
+        :raises ImageTooLarge, ImageUndecodable: by the rules of `worker.media.decode`; the message
+            is the end of a sentence that begins with the image's name.
+        :raises SharedMemoryFullError: no room for its pixels.
+        :raises Unavailable: no process, or `close` was called.
         """
         decoder = self._free.get()
         try:
             return decoder.decode(data, sha256)
-        except ImageError as error:
-            raise type(error)(f"image {name} {error.message}") from None
         finally:
             self._free.put(decoder)
 

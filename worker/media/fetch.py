@@ -104,7 +104,7 @@ class Fetcher(Generic[RefT]):
 
     def _fetch(self, ref: RefT) -> EncodedImage:
         cached = self._cached(ref)
-        if cached is not None and _is_fixed(ref):
+        if cached is not None and is_fixed(ref):
             return EncodedImage(cached.data, cached.sha256, cached.etag)
         answer = self._ask(ref, cached.etag if cached else None)
         if isinstance(answer, FetchedObject):
@@ -128,11 +128,11 @@ class Fetcher(Generic[RefT]):
 
     def _keep(self, ref: RefT, fetched: FetchedObject) -> EncodedImage:
         sha256 = hashlib.sha256(fetched.data).hexdigest()
-        if self._cache is not None and (fetched.etag is not None or _is_fixed(ref)):
+        if self._cache is not None and (fetched.etag is not None or is_fixed(ref)):
             self._cache.put(ref, CachedObject(fetched.data, sha256, fetched.etag))
         return EncodedImage(fetched.data, sha256, fetched.etag)
 
 
-def _is_fixed(ref: ImageRef) -> bool:
+def is_fixed(ref: ImageRef) -> bool:
     """Whether what it names can never change."""
     return isinstance(ref, ObjectRef) and ref.version_id is not None

@@ -23,7 +23,6 @@ from visq.errors import ImageTooLarge, ImageUndecodable, Unavailable
 from worker.media.decoders import Decoders
 
 SHA = "0" * 64
-URI = "s3://pictures/cat.png"
 
 
 def png(width: int = 8, height: int = 6, mode: str = "RGB") -> bytes:
@@ -57,7 +56,7 @@ def decoders() -> Iterator[Decoders]:
 
 
 def check_works(decoders: Decoders) -> None:
-    buffer = decoders.decode(png(), SHA, name=URI)
+    buffer = decoders.decode(png(), SHA)
     assert (buffer.height, buffer.width, buffer.sha256) == (6, 8, SHA)
     assert np.array_equal(buffer.array(), np.full((6, 8, 3), [1, 0, 0]))
     buffer.release()
@@ -67,18 +66,18 @@ def test_a_picture_comes_back_in_shared_memory(decoders: Decoders) -> None:
     check_works(decoders)
 
 
-def test_errors_name_the_image_and_keep_their_type(decoders: Decoders) -> None:
-    with pytest.raises(ImageUndecodable, match=f"image {URI} is not a picture"):
-        decoders.decode(b"hello", SHA, name=URI)
-    with pytest.raises(ImageTooLarge, match=f"image {URI} has more than"):
-        decoders.decode(png(30_000, 1001, "1"), SHA, name=URI)
+def test_errors_keep_their_type_and_go_on_after_the_images_name(decoders: Decoders) -> None:
+    with pytest.raises(ImageUndecodable, match=r"^is not a picture"):
+        decoders.decode(b"hello", SHA)
+    with pytest.raises(ImageTooLarge, match=r"^has more than"):
+        decoders.decode(png(30_000, 1001, "1"), SHA)
     with pytest.raises(ImageUndecodable):
-        decoders.decode(b"", SHA, name=URI)
+        decoders.decode(b"", SHA)
 
 
 def test_many_threads_share_the_processes(decoders: Decoders) -> None:
     def shape(width: int) -> tuple[int, ...]:
-        buffer = decoders.decode(png(width), SHA, name=URI)
+        buffer = decoders.decode(png(width), SHA)
         found = buffer.array().shape
         buffer.release()
         return found
@@ -107,7 +106,7 @@ def test_a_process_killed_over_a_picture_is_replaced_and_the_picture_tried_once_
     (pid,) = decoders.pids
     slow, before = noise(5000), cpu(pid)
     with ThreadPoolExecutor(1) as threads:
-        result = threads.submit(decoders.decode, slow, SHA, name=URI)
+        result = threads.submit(decoders.decode, slow, SHA)
         until(lambda: cpu(pid) > before + 0.05, 30, "it to decode")
         os.kill(pid, signal.SIGKILL)
         buffer = result.result()
@@ -122,14 +121,14 @@ def test_a_picture_that_crashes_twice_is_blamed_and_no_other() -> None:
     slow = noise(5000)
     others = [png(width) for width in range(1, 20)]
     with ThreadPoolExecutor(2) as threads:
-        result = threads.submit(decoders.decode, slow, SHA, name=URI)
+        result = threads.submit(decoders.decode, slow, SHA)
         for _ in range(2):
             victim = until(lambda: busy(decoders), 30, "a process to decode")
             os.kill(victim, signal.SIGKILL)
             until(lambda: victim not in decoders.pids, 30, "it to be replaced")  # noqa: B023
         for data in others:
-            threads.submit(decoders.decode, data, SHA, name=URI).result().release()
-        with pytest.raises(ImageUndecodable, match=f"image {URI} crashed"):
+            threads.submit(decoders.decode, data, SHA).result().release()
+        with pytest.raises(ImageUndecodable, match=r"^crashed"):
             result.result()
     check_works(decoders)
     decoders.close()
@@ -150,7 +149,7 @@ def test_a_process_that_hangs_is_replaced_and_the_picture_is_not_blamed() -> Non
     before = segments()
     (pid,) = decoders.pids
     os.kill(pid, signal.SIGSTOP)  # hangs, whatever the picture
-    decoders.decode(png(), SHA, name=URI).release()
+    decoders.decode(png(), SHA).release()
     assert not psutil.pid_exists(pid)
     assert segments() - before == set()
     decoders.close()
@@ -160,7 +159,7 @@ def test_a_picture_that_takes_too_long_twice_is_given_up() -> None:
     decoders = started(timeout_seconds=0.02)
     before = segments()
     with pytest.raises(ImageUndecodable, match=r"longer than 0\.02 s"):
-        decoders.decode(png(5000, 5000, "L"), SHA, name=URI)
+        decoders.decode(png(5000, 5000, "L"), SHA)
     assert segments() - before == set()
     decoders.close()
 
@@ -174,7 +173,7 @@ def test_the_kernel_limits_a_process_in_memory_and_the_picture_is_too_large() ->
     tight = psutil.Process(pid).memory_info().vms + 20_000_000
     psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (tight, tight))
     with pytest.raises(ImageTooLarge, match="memory"):
-        decoders.decode(png(5000, 5000, "L"), SHA, name=URI)
+        decoders.decode(png(5000, 5000, "L"), SHA)
     check_works(decoders)
     assert decoders.pids == [pid]
     decoders.close()
@@ -186,7 +185,7 @@ def test_the_largest_allowed_picture_of_the_costliest_kind_fits_the_memory_limit
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("LA", (2000, 2000), (7, 100)).convert("RGBA").save(file, "WEBP", exif=exif)
-    buffer = decoders.decode(file.getvalue(), SHA, name=URI)
+    buffer = decoders.decode(file.getvalue(), SHA)
     assert (buffer.height, buffer.width) == (2000, 2000)
     buffer.release()
     decoders.close()
@@ -200,7 +199,7 @@ def test_closing_ends_the_processes_and_refuses_more() -> None:
     decoders.close()
     assert not any(psutil.pid_exists(pid) for pid in pids)
     with pytest.raises(Unavailable):
-        decoders.decode(png(), SHA, name=URI)
+        decoders.decode(png(), SHA)
 
 
 def test_closing_while_a_picture_is_decoded_ends_that_too() -> None:
@@ -210,7 +209,7 @@ def test_closing_while_a_picture_is_decoded_ends_that_too() -> None:
     slow, start = noise(5000), cpu(pid)
     before = segments()
     with ThreadPoolExecutor(1) as threads:
-        result = threads.submit(decoders.decode, slow, SHA, name=URI)
+        result = threads.submit(decoders.decode, slow, SHA)
         until(lambda: cpu(pid) > start + 0.05, 30, "it to decode")
         decoders.close()
         with pytest.raises(Unavailable):
@@ -225,8 +224,8 @@ from worker.media.decoders import Decoders
 if __name__ == "__main__":
     decoders = Decoders(2, max_bytes=50_000_000, max_pixels=30_000_000, timeout_seconds=60)
     small, large = (open(path, "rb").read() for path in sys.argv[1:])
-    kept = decoders.decode(small, "0" * 64, name="s3://pictures/kept")
-    threading.Thread(target=decoders.decode, args=(large, "0" * 64), kwargs={"name": "x"}).start()
+    kept = decoders.decode(small, "0" * 64)
+    threading.Thread(target=decoders.decode, args=(large, "0" * 64)).start()
     print(kept.name, *decoders.pids, flush=True)
     threading.Event().wait()
 """

@@ -38,7 +38,6 @@ if __name__ == "__main__":
                 decoders.decode,
                 b"poison" if number in (3, 17) else png(number + 1),
                 "0" * 64,
-                name=f"s3://pictures/{number}",
             )
             for number in range(30)
         ]
@@ -46,7 +45,7 @@ if __name__ == "__main__":
         if number in (3, 17):
             error = each.exception()
             assert isinstance(error, ImageUndecodable), error
-            assert f"image s3://pictures/{number} crashed" in str(error), error
+            assert str(error).startswith("crashed"), error
         else:
             assert each.result().array().shape == (number + 1, number + 1, 3)
             each.result().release()
