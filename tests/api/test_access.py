@@ -55,8 +55,8 @@ def test_no_path_is_open_without_a_key(
 
 
 def filled(path: str, ids: dict[str, str]) -> str:
-    zeros = {"job_id": "job_", "session_id": "ses_", "batch_id": "bat_", "model_id": "none"}
-    return re.sub(r"{(\w+)}", lambda m: ids.get(m[1]) or zeros[m[1]] + "0" * 32, path)
+    zeros = {"job_id": "job_", "session_id": "ses_", "batch_id": "bat_", "file_id": "fil_"}
+    return re.sub(r"{(\w+)}", lambda m: ids.get(m[1]) or zeros.get(m[1], "") + "0" * 32, path)
 
 
 @pytest.fixture
@@ -64,7 +64,14 @@ def things(client: httpx2.Client) -> dict[str, str]:
     """One of each thing that a path can name, of the tenant of `client`."""
     job = submit(client, session={})
     batch = client.post("/v1/batches", json={"items": [{"custom_id": "a", "prompt": "x"}]}).json()
-    return {"job_id": job["id"], "session_id": job["session_id"], "batch_id": batch["id"]}
+    form = {"purpose": "user_data"}
+    file = client.post("/v1/files", data=form, files={"file": ("a.txt", b"a")}).json()
+    return {
+        "job_id": job["id"],
+        "session_id": job["session_id"],
+        "batch_id": batch["id"],
+        "file_id": file["id"],
+    }
 
 
 @pytest.mark.parametrize(("method", "path"), OF_ONE_THING)
@@ -85,13 +92,14 @@ def test_another_tenants_things_are_not_found(
     assert client.get(f"/v1/jobs/{things['job_id']}").json()["status"] == "queued"
     assert client.get(f"/v1/sessions/{things['session_id']}").json()["turns"] == 1
     assert client.get(f"/v1/batches/{things['batch_id']}").json()["status"] == "in_progress"
+    assert client.get(f"/v1/files/{things['file_id']}").status_code == 200
 
 
 def without_ids(response: httpx2.Response) -> str:
     return re.sub(r"[a-z]{3}_[0-9a-f]{32}", "ID", response.text)
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sessions", "/v1/batches"])
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sessions", "/v1/batches", "/v1/files"])
 def test_lists_hold_the_tenants_own_things(
     stranger: httpx2.Client, client: httpx2.Client, things: dict[str, str], path: str
 ) -> None:
@@ -119,7 +127,7 @@ def test_references_to_things_of_others_are_refused_in_bodies(
     image = upload(client)
     for reference in (image["id"], image["uri"]):
         item: dict[str, Any] = {"custom_id": "a", "prompt": "x", "images": [reference]}
-        assert stranger.post("/v1/batches", json={"items": [item]}).status_code == 422
+        assert stranger.post("/v1/batches", json={"items": [item]}).status_code == 400
 
 
 # --- paths and methods ---------------------------------------------------------------------------
@@ -155,7 +163,7 @@ def test_every_operation_is_described(document: dict[str, Any]) -> None:
             names.add(operation["operationId"])
             assert operation["summary"], path
             assert operation["tags"], path
-            if "requestBody" in operation and path != "/v1/images":
+            if "requestBody" in operation and path not in ("/v1/images", "/v1/files"):
                 content = operation["requestBody"]["content"]["application/json"]
                 assert content["examples"], path
     assert len(names) == len(OPERATIONS)
@@ -173,8 +181,8 @@ def test_the_examples_are_valid(document: dict[str, Any], client: httpx2.Client)
                     value = {**value, "expires_in": 0.01}  # nobody works here: it would wait
                 response = client.post(path, json=value)
                 code = (response.json().get("error") or {}).get("code")
-                expected = (None, "not_found", "image_not_found", "job_expired")
-                assert code in expected, (path, name, response.text)
+                expected = ("not_found", "image_not_found", "object_not_found", "job_expired")
+                assert code in (None, *expected), (path, name, response.text)
 
 
 @pytest.mark.parametrize(
