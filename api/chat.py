@@ -113,9 +113,13 @@ class Chat:
         """Begins with the first text, or when it has been silent for so long that a proxy might
         cut the connection: until then an error has its HTTP status."""
         events = self._events()
-        first = await _while_connected(self._connection, _until_worth_telling(events))
-        if (job := first[-1].job) is not None:
-            self._settle(job)
+        try:
+            first = await _while_connected(self._connection, _until_worth_telling(events))
+            if (job := first[-1].job) is not None:
+                self._settle(job)
+        except BaseException:
+            await events.aclose()
+            raise
         stream = _ChatStream(self._lines(first, events), self._leave)
         stream.headers["X-Request-Id"] = self._job.id
         return stream
