@@ -7,9 +7,10 @@ out, and every job of a group that fails, is done alone, with its own error.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import structlog
 
@@ -23,6 +24,9 @@ from worker.token_streams import TokenStream, TokenStreams
 
 log = structlog.get_logger(__name__)
 
+
+URGENT: Final = 2
+"""Claims that are made at once, each by itself, at a time."""
 
 _Delivery: TypeAlias = tuple[TokenStream, Transition]
 
@@ -49,15 +53,21 @@ class Committer:
         self._streams = streams
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
+        self._at_once = threading.Semaphore(URGENT)
         self._claims: Grouped[str, Work | None] = Grouped("claims", self._claim_all)
         self._ends: Grouped[_End, Transition | None] = Grouped("ends", self._finish_all)
         self._deliveries: Grouped[_Delivery, None] = Grouped("deliveries", self._deliver_all)
 
-    def claim(self, job_id: str) -> Work | None:
-        """`models.jobs.claim`.
+    def claim(self, job_id: str, *, urgent: bool = False) -> Work | None:
+        """`models.jobs.claim`; what is urgent waits for no group, if there is not much of it.
 
         :raises Unavailable: the database does not answer.
         """
+        if urgent and self._at_once.acquire(blocking=False):
+            try:
+                return self._claim(job_id)
+            finally:
+                self._at_once.release()
         return self._claims(job_id)
 
     def claim_alone(self, job_id: str) -> Work | None:

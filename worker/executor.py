@@ -79,10 +79,11 @@ class Executor:
         self._company = Company()
         self._fetchers = ThreadPoolExecutor(settings.fetch_concurrency, "fetch")
 
-    def run(self, job_id: str, *, alone: bool = False) -> None:
+    def run(self, job_id: str, *, alone: bool = False, urgent: bool = False) -> None:
         """Run the job if it is there to claim; a repeated message finds nothing.
 
         :param alone: what the message says: the job must run without others beside it.
+        :param urgent: somebody waits for its start: it is not claimed together with others.
         """
         if not alone:
             company = self._company.shared(lambda: self._runs.shutting_down)
@@ -93,11 +94,11 @@ class Executor:
         with company as free:
             # If not, the job is still queued, and is published again.
             if free and self._engine_is_up():
-                self._run(job_id, alone)
+                self._run(job_id, alone, urgent)
 
-    def _run(self, job_id: str, alone: bool) -> None:
+    def _run(self, job_id: str, alone: bool, urgent: bool) -> None:
         points.reached("run.taken")
-        work = self._claim(job_id, alone)
+        work = self._claim(job_id, alone, urgent)
         if work is None:
             log.debug("nothing to claim", job=job_id)
             return
@@ -155,9 +156,11 @@ class Executor:
         except Unavailable:
             return False  # it is published again
 
-    def _claim(self, job_id: str, alone: bool) -> Work | None:
+    def _claim(self, job_id: str, alone: bool, urgent: bool) -> Work | None:
         try:
-            return self._committer.claim_alone(job_id) if alone else self._committer.claim(job_id)
+            if alone:
+                return self._committer.claim_alone(job_id)
+            return self._committer.claim(job_id, urgent=urgent)
         except Unavailable as error:
             self._runs.doubt_claims()  # the commit may have got through
             log.warning("not claimed; it is published again", job=job_id, error=str(error))

@@ -18,7 +18,7 @@ from typing import Final
 
 import redis
 import structlog
-from celery import Celery, signals
+from celery import Celery, Task, signals
 from rich.console import Console
 
 from models import revision
@@ -29,6 +29,7 @@ from visq.objects import open_store
 from visq.pixels import SHARED_MEMORY
 from visq.settings import Settings
 from visq.streams import WorkerInfo, announce_failure, withdraw_failures
+from visq.types import Lane
 from worker.engine import start_engine
 from worker.engine.face import EngineInfo
 from worker.engine.process import ProcessEngine
@@ -183,10 +184,12 @@ def useful_concurrency(settings: Settings, info: EngineInfo) -> int:
 def serve(app: Celery, settings: Settings, concurrency: int, executor: Executor, runs: Runs) -> int:
     """Take messages until a signal; then finish the running jobs, or hand them back."""
 
-    @app.task(name=RUN_TASK)
-    def run_jobs(job_ids: list[str], alone: bool = False) -> None:
+    @app.task(name=RUN_TASK, bind=True)
+    def run_jobs(task: Task[..., None], job_ids: list[str], alone: bool = False) -> None:
+        delivery = task.request.delivery_info or {}
+        urgent = delivery.get("routing_key") == Lane.INTERACTIVE.value
         for job_id in job_ids:
-            executor.run(job_id, alone=alone)
+            executor.run(job_id, alone=alone, urgent=urgent)
 
     grace = threading.Timer(settings.shutdown_seconds, runs.hand_back_all)
     grace.daemon = True

@@ -193,3 +193,12 @@ def test_a_delivery_that_breaks_leaves_the_others_theirs(
     stream = streams.begin(bad.claim)
     answers = at_once(committer, *(lambda one=one: committer.deliver(stream, one) for one in ended))
     assert [type(answer) for answer in answers] == [TypeError, type(None), type(None)]
+
+
+def test_an_urgent_claim_waits_for_no_group(world: World, committer: Committer) -> None:
+    job_id = world.submit().id
+    with committer._claims._changed:  # no group can begin
+        work = committer.claim(job_id, urgent=True)
+    assert work is not None
+    assert work.claim.job_id == job_id
+    assert world.job(job_id).status is S.RUNNING
