@@ -241,6 +241,49 @@ def test_a_picture_of_which_not_all_is_known_is_loaded(world: World) -> None:
         world.close()  # while a run has the pixels, the next one would not read the bytes
 
 
+def test_a_picture_that_another_run_shows_is_not_read_again_and_stays_until_both_have_ended(
+    world: World,
+) -> None:
+    with ExitStack() as first:
+        world.stack, own = first, world.stack
+        [shown] = world.open(claimed_work(URL)).images
+        world.stack = own
+        [again] = world.open(claimed_work(URL)).images
+        assert world.store.read == world.store.unchanged == [URL]
+    assert isinstance(again, PixelBuffer)
+    assert isinstance(shown, PixelBuffer)
+    assert again.name == shown.name
+    assert again.array()[0, 0].tolist() == [255, 0, 0]
+    world.put(URL, png("green"))
+    [changed] = world.open(claimed_work(URL)).images
+    assert changed.sha256 == sha256(png("green")).hexdigest()
+
+
+def test_a_known_picture_that_another_run_shows_is_lent_from_it(world: World) -> None:
+    image = only(world.open(world.shown(URL)))
+    [shown] = world.open(claimed_work(URL)).images
+    assert isinstance(shown, PixelBuffer)
+    assert image.load().name == shown.name
+    assert world.store.read == [URL]
+
+
+def test_a_run_that_fails_or_is_stopped_takes_no_pixels_from_another(world: World) -> None:
+    [shown] = world.open(claimed_work(URL)).images
+    assert isinstance(shown, PixelBuffer)
+    with (
+        pytest.raises(ImageNotFound),
+        pictures_of(
+            claimed_work(URL, "s3://photos/no.png"), world.media, world.pool, lambda: False
+        ),
+    ):
+        pass
+    looks = iter([False, True])
+    with pictures_of(claimed_work(URL), world.media, world.pool, lambda: next(looks)) as stopped:
+        assert stopped is None
+    assert buffers() == [shown.name.removeprefix("/")]
+    assert shown.array()[0, 0].tolist() == [255, 0, 0]
+
+
 def test_a_run_that_is_stopped_asks_for_nothing(world: World) -> None:
     work = world.shown(URL)
     world.stopped = True

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,33 +18,11 @@ import pytest
 from PIL import Image
 
 from tests.waiting import until
+from tests.worker.media.decoding import cpu, noise, png, segments, started
 from visq.errors import ImageTooLarge, ImageUndecodable, Unavailable
 from worker.media.decoders import Decoders
 
 SHA = "0" * 64
-
-
-def png(width: int = 8, height: int = 6, mode: str = "RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (width, height), 1).save(file, "PNG")
-    return file.getvalue()
-
-
-@cache
-def noise(side: int) -> bytes:
-    """A picture that takes a while to decode."""
-    file = io.BytesIO()
-    Image.effect_noise((side, side), 90).convert("RGB").save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def segments() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob(f"visq-{os.getpid()}-*")}
-
-
-def started(processes: int = 1, **changes: float) -> Decoders:
-    limits = {"max_bytes": 50_000_000, "max_pixels": 30_000_000, "timeout_seconds": 60.0}
-    return Decoders(processes, **{**limits, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +71,6 @@ def test_an_idle_process_that_dies_is_replaced() -> None:
     check_works(decoders)
     assert decoders.pids != [pid]
     decoders.close()
-
-
-def cpu(pid: int) -> float:
-    return psutil.Process(pid).cpu_times().user
 
 
 def test_a_process_killed_over_a_picture_is_replaced_and_the_picture_tried_once_more() -> None:

@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
 from tests.servers import S3Endpoint
 from tests.waiting import until
 from tests.worker.media.conftest import DISK
+from tests.worker.media.counting import CountingStore
 from visq.errors import ImageFetchFailed, ImageNotFound, ImageTooLarge
-from visq.objects import FetchedObject, NotModified, ObjectRef, ObjectStore, open_store
+from visq.objects import ObjectRef, open_store
 from visq.settings import Settings
 from worker.media.cache import DiskCache
 from worker.media.fetch import Fetcher
 
 MIB = 1024 * 1024
-
-
-class CountingStore:
-    """A real store behind a door: counts what it answers, and can hold readers back."""
-
-    remote: ClassVar[bool] = True
-
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-        self.full = self.unchanged = self.inside = self.most_inside = 0
-        self.open = threading.Event()
-        self.open.set()
-        self._lock = threading.Lock()
-
-    def get(
-        self, ref: ObjectRef, *, max_bytes: int, if_none_match: str | None = None
-    ) -> FetchedObject | NotModified:
-        with self._lock:
-            self.inside += 1
-            self.most_inside = max(self.most_inside, self.inside)
-        try:
-            self.open.wait(60)
-            answer = self._store.get(ref, max_bytes=max_bytes, if_none_match=if_none_match)
-        finally:
-            with self._lock:
-                self.inside -= 1
-        with self._lock:
-            self.full += isinstance(answer, FetchedObject)
-            self.unchanged += isinstance(answer, NotModified)
-        return answer
-
-    def put(self, ref: ObjectRef, data: bytes, content_type: str) -> None:
-        self._store.put(ref, data, content_type)
-
-    def ping(self) -> None:
-        self._store.ping()
-
-    def close(self) -> None:
-        self._store.close()
 
 
 @pytest.fixture

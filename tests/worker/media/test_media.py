@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -12,14 +14,18 @@ import pytest
 from PIL import Image
 
 from tests.servers import S3Endpoint
+from tests.waiting import until
+from tests.worker.media.counting import CountingStore
 from visq.errors import (
     ImageForbidden,
     ImageNotFound,
     ImageTooLarge,
     ImageUndecodable,
     InvalidRequest,
+    Unavailable,
 )
 from visq.objects import ObjectRef, ObjectStore, open_store
+from visq.pixels import PixelBuffer
 from visq.settings import Settings
 from worker.media import Media
 
@@ -108,9 +114,87 @@ def test_threads_that_load_one_picture_each_own_their_pixels(
     with ThreadPoolExecutor(8) as threads:
         loads = [threads.submit(media.load, "s3://pictures/shared.jpg", "ann") for _ in range(8)]
         buffers = [load.result().pixels for load in loads]
+    assert len({buffer.name for buffer in buffers}) == 1
     for buffer in buffers:
         assert buffer.array().shape == (48, 64, 3)
         buffer.release()
+
+
+def test_two_names_of_one_content_share_its_pixels_and_not_each_others_names_in_errors(
+    media: Media, store: ObjectStore
+) -> None:
+    for key in ("one.jpg", "two.jpg"):
+        store.put(ObjectRef("pictures", key), jpeg("yellow"), "image/jpeg")
+    loads = [media.load(f"s3://pictures/{key}", "ann").pixels for key in ("one.jpg", "two.jpg")]
+    assert loads[0].name == loads[1].name
+    for pixels in loads:
+        pixels.release()
+
+    for key in ("three.jpg", "four.jpg"):
+        store.put(ObjectRef("pictures", key), jpeg("yellow")[:400], "image/jpeg")
+    decoded = threading.Event()
+    decode = media._pixels._decode
+
+    def late(data: bytes, digest: str) -> PixelBuffer:
+        decoded.wait(30)
+        return decode(data, digest)
+
+    digest = sha256(jpeg("yellow")[:400]).hexdigest()
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(media._pixels, "_decode", late)
+        broken = {
+            key: threads.submit(media.load, f"s3://pictures/{key}", "ann")
+            for key in ("three.jpg", "four.jpg")
+        }
+        used = media._pixels._used
+        until(lambda: digest in used and len(used[digest].users) == 2, 30, "both to wait")
+        decoded.set()
+        for key, load in broken.items():
+            with pytest.raises(ImageUndecodable, match=f"^image s3://pictures/{key} is"):
+                load.result()
+
+
+def test_pixels_that_are_here_are_shown_without_reading_bytes_while_the_store_says_unchanged(
+    settings: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    counting = CountingStore(store)
+    given = settings.model_copy(update={"media_cache": tmp_path})
+    media = Media(given, counting)  # type: ignore[arg-type]
+    ref = ObjectRef("pictures", "kept.jpg")
+
+    def show(shade: str) -> str:
+        store.put(ref, jpeg(shade), "image/jpeg")
+        names = set()
+        for _ in range(3):
+            pixels = media.load(ref.uri, "ann").pixels
+            assert pixels.sha256 == sha256(jpeg(shade)).hexdigest()
+            names.add(pixels.name)
+            pixels.release()
+            for path in tmp_path.iterdir():
+                path.unlink()  # what is fetched would now have to be read
+        [name] = names
+        return name
+
+    first = show("red")
+    assert (counting.full, counting.unchanged) == (1, 2)
+    assert show("blue") != first
+    assert (counting.full, counting.unchanged) == (2, 4)
+    assert show("red") == first, "it is the content that counts"
+    assert (counting.full, counting.unchanged) == (3, 6)
+    media.close()
+    with pytest.raises(Unavailable):
+        media.load("s3://pictures/a b.jpg", "ann")
+    assert not Path(f"/dev/shm{first}").exists()
+
+
+@pytest.mark.parametrize("asked", [0, 1000, 10**12])
+def test_at_most_an_eighth_of_shared_memory_is_kept(
+    settings: Settings, store: ObjectStore, asked: int
+) -> None:
+    media = Media(settings.model_copy(update={"pixel_cache_bytes": asked}), store)
+    eighth = shutil.disk_usage("/dev/shm").total // 8
+    assert media._pixels._max_bytes == min(asked, eighth)
+    media.close()
 
 
 def test_a_tenants_upload_is_loaded_for_it_and_for_nobody_else(
