@@ -91,6 +91,7 @@ def media(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Itera
         data=tmp_path_factory.mktemp("media"),
         fetch_concurrency=SLOTS,
         fetch_total_seconds=TOTAL,
+        pixel_cache_bytes=0,
     )
     media = Media(settings, store)
     yield media
