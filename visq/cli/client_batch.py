@@ -1,128 +1,129 @@
-"""``visq batch``: many items at once, with a progress bar."""
+"""``visq batch``: ``run``, ``watch``, ``list``, ``show`` and ``cancel``.
+
+``visq batch in.jsonl`` and ``visq batch photo.png -p ...`` are short for ``visq batch run ...``.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from itertools import islice
+from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import typer.core
+from rich.markup import escape
+from rich.table import Table
 
-from visq.cli.client_common import AsJson, Data, Exit, Url, connected, print_json
-from visq.cli.console import errors
-from visq.errors import InvalidRequest
+from visq.cli.batch_progress import all_succeeded, followed, summary
+from visq.cli.batch_run import run
+from visq.cli.client_common import AsJson, Data, Exit, Url, coloured, connected
+from visq.cli.console import console, errors
 
-if TYPE_CHECKING:
-    from visq.client import Batch
-    from visq.client.options import BatchOptions
-    from visq.types import BatchCounts
+BatchId = Annotated[str, typer.Argument(metavar="ID", help="Id of the batch (bat_...).")]
 
 
-def batch(
-    sources: Annotated[
-        list[str],
-        typer.Argument(help="A .jsonl file of items, or images (paths or s3://...)."),
-    ],
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="What to ask of each image or item without a prompt."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write each result there, as a line of JSON."),
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the results.")] = True,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Length of each answer.")] = None,
-    result_queue: Annotated[str | None, typer.Option(help="Also publish results there.")] = None,
+class RunByDefault(typer.core.TyperGroup):
+    """What is none of the commands is the input of ``run``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def commands() -> typer.Typer:
+    """``visq batch``."""
+    app = typer.Typer(
+        cls=RunByDefault,
+        help="Many items at once: run, watch, list, show, cancel.",
+        no_args_is_help=True,
+    )
+    app.command(name="list")(list_batches)
+    for command in (run, watch, show, cancel):
+        app.command()(command)
+    return app
+
+
+def watch(batch_id: BatchId, as_json: AsJson = False, url: Url = None, data: Data = None) -> None:
+    """Follow a batch until its end; Ctrl-C only stops following."""
+    with connected(url, data) as client:
+        batch = client.batches.get(batch_id)
+        try:
+            if as_json:
+                for event in batch.events(items=False):
+                    if event.batch is not None:
+                        batch.view = event.batch
+                        typer.echo(event.batch.model_dump_json())
+            else:
+                with followed(batch):
+                    batch.wait()
+        except KeyboardInterrupt:
+            errors.print(f"{batch.id} goes on", markup=False)
+            raise typer.Exit(Exit.INTERRUPTED) from None
+    if not as_json:
+        console.print(summary(batch.view))
+    if not all_succeeded(batch.view):
+        raise typer.Exit(Exit.NO_ANSWER)
+
+
+def list_batches(
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
     as_json: AsJson = False,
     url: Url = None,
     data: Data = None,
 ) -> None:
-    """Run a batch of items, and print or write the results in their order."""
-    options: BatchOptions = {"result_queue": result_queue}
-    if max_new_tokens is not None:
-        options["gen_config"] = {"max_new_tokens": max_new_tokens}
+    """List batches, newest first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column, width in (("batch", 36), ("status", 11), ("created", 14)):
+        table.add_column(column, no_wrap=True, min_width=width)
+    for column in ("items", "succeeded", "failed", "lane"):
+        table.add_column(column, justify="right" if column != "lane" else "left")
     with connected(url, data) as client:
-        submitted = client.batches.submit(_items(sources, prompt), **options)
-        errors.print(submitted.id, style="dim")
-        if not wait:
-            typer.echo(submitted.view.model_dump_json() if as_json else submitted.id)
-            return
-        try:
-            counts = _follow(submitted)
-        except KeyboardInterrupt:
-            submitted.cancel()
-            errors.print("cancelled; what has ended follows")
-            counts = submitted.wait().counts
-        _write(submitted, output, as_json)
-    if counts.succeeded < counts.total:
-        errors.print(
-            f"{counts.succeeded} of {counts.total} succeeded: {counts.failed} failed, "
-            f"{counts.cancelled} cancelled, {counts.expired} expired"
-        )
-        raise typer.Exit(Exit.NO_ANSWER)
+        for view in islice(client.batches.list(), limit):
+            if as_json:
+                typer.echo(view.model_dump_json())
+                continue
+            table.add_row(
+                view.id,
+                coloured(view.status),
+                f"{view.created_at:%m-%d %H:%M:%S}",
+                str(view.counts.total),
+                str(view.counts.succeeded),
+                str(view.counts.failed),
+                view.lane,
+            )
+    if not as_json:
+        console.print(table)
 
 
-def _follow(submitted: Batch) -> BatchCounts:
-    """Wait with a progress bar."""
-    columns = (TextColumn("items"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task("items", total=submitted.counts.total)
-
-        def advance(counts: BatchCounts) -> None:
-            progress.update(task, completed=counts.finished)
-
-        return submitted.wait(on_progress=advance).counts
-
-
-def _write(submitted: Batch, output: Path | None, as_json: bool) -> None:
-    if output is not None:
-        with output.open("w", encoding="utf-8") as file:
-            for job in submitted.results():
-                file.write(job.model_dump_json() + "\n")
-        errors.print(f"written to {output}", markup=False)
+def show(batch_id: BatchId, as_json: AsJson = False, url: Url = None, data: Data = None) -> None:
+    """Show a batch: its counters, where its output lies, and why it failed."""
+    with connected(url, data) as client:
+        view = client.batches.get(batch_id).view
+    if as_json:
+        typer.echo(view.model_dump_json())
         return
-    for job in submitted.results():
-        if as_json:
-            print_json(job)
-        elif job.result is not None:
-            typer.echo(f"{job.custom_id}\t{job.result.text}")
-        else:
-            said = f"({job.error.code}) {job.error.message}" if job.error else job.status
-            typer.echo(f"{job.custom_id}\t{said}")
-
-
-def _items(sources: list[str], prompt: str | None) -> list[dict[str, Any]]:
-    """:raises InvalidRequest: names the line that is no item, or that has no prompt."""
-    if len(sources) == 1 and sources[0].endswith((".jsonl", ".ndjson")):
-        return _read_items(Path(sources[0]), prompt)
-    if prompt is None:
-        raise InvalidRequest("say what to ask of each image: --prompt", param="prompt")
-    names = [source[-128:] for source in sources]
-    numbered = len(set(names)) < len(names)
-    return [
-        {"custom_id": str(number) if numbered else name, "prompt": prompt, "images": [source]}
-        for number, (name, source) in enumerate(zip(names, sources, strict=True))
-    ]
-
-
-def _read_items(path: Path, prompt: str | None) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read ({error.strerror})") from error
-    items = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    details = Table.grid(padding=(0, 2))
+    known = view.model_dump(mode="json", exclude_none=True)
+    for name in ("object", "errors", "request_counts"):
+        known.pop(name, None)
+    known["counts"] = ", ".join(f"{count} {name}" for name, count in known["counts"].items())
+    for name, value in known.items():
+        if value == {}:
             continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InvalidRequest(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(item, dict):
-            raise InvalidRequest(f"{path}, line {number} is not an object")
-        if prompt is not None and "messages" not in item:
-            item.setdefault("prompt", prompt)
-        items.append(item)
-    return items
+        shown = getattr(view, name) if name.endswith("_at") else value
+        said = json.dumps(shown) if isinstance(shown, dict) else str(shown)
+        details.add_row(f"[dim]{name}[/]", coloured(said) if name == "status" else escape(said))
+    for error in view.errors.data if view.errors else []:
+        details.add_row("[dim]error[/]", f"({error.code}) {escape(error.message)}")
+    console.print(details)
+
+
+def cancel(batch_id: BatchId, as_json: AsJson = False, url: Url = None, data: Data = None) -> None:
+    """Cancel a batch: none of its items starts any more."""
+    with connected(url, data) as client:
+        view = client.batches.cancel(batch_id)
+    if as_json:
+        typer.echo(view.model_dump_json())
+    else:
+        console.print(f"{view.id} is {coloured(view.status)}")

@@ -31,13 +31,13 @@ def register(app: typer.Typer) -> None:
     for command in (
         submit,
         client_chat.chat,
-        client_batch.batch,
         jobs,
         show,
         cancel,
         retry,
     ):
         app.command(rich_help_panel="Client")(command)
+    app.add_typer(client_batch.commands(), name="batch", rich_help_panel="Client")
 
 
 def submit(

@@ -8,6 +8,7 @@ status
 2      it was called or set up wrongly
 3      the job ended without an answer, or not every item of the batch succeeded
 4      it has not ended within ``--timeout``, and goes on
+130    Ctrl-C; what was submitted goes on
 ====== =======================================================================================
 
 Results go to stdout and everything else to stderr, so output can be piped.
@@ -37,6 +38,7 @@ class Exit(IntEnum):
     WRONG = 2
     NO_ANSWER = 3
     TIMED_OUT = 4
+    INTERRUPTED = 130
 
 
 Url = Annotated[
@@ -57,6 +59,11 @@ STATUS_COLOURS = {
     "running": "cyan",
     "queued": "blue",
     "waiting": "blue",
+    "completed": "green",
+    "cancelling": "yellow",
+    "in_progress": "cyan",
+    "finalizing": "cyan",
+    "validating": "blue",
 }
 
 

@@ -62,14 +62,14 @@ def with_uploads(
         return ""
 
     for body in bodies:
-        _map_images(body, note)
+        map_images(body, note)
     views: list[ImageView] = yield Together([upload(image) for image in local.values()])
     new = {identity: view.id for identity, view in zip(local, views, strict=True)}
     # An `id` may be another object's later; a path stays what it is.
     known |= {identity: id_ for identity, id_ in new.items() if isinstance(identity, str)}
     ids = known | new
     return [
-        _map_images(body, lambda image: ids.get(_identity(image)) or str(image)) for body in bodies
+        map_images(body, lambda image: ids.get(_identity(image)) or str(image)) for body in bodies
     ]
 
 
@@ -85,7 +85,7 @@ def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     return [images]  # type: ignore[list-item]  # mypy cannot tell a sequence from a str
 
 
-def _map_images(body: Mapping[str, Any], change: Callable[[ImageLike], str]) -> Json:
+def map_images(body: Mapping[str, Any], change: Callable[[ImageLike], str]) -> Json:
     """A copy of a prompt with each image in it replaced by ``change(image)``."""
     body = dict(body)
     if body.get("images") is not None:
@@ -93,7 +93,7 @@ def _map_images(body: Mapping[str, Any], change: Callable[[ImageLike], str]) -> 
     if body.get("messages") is not None:
         body["messages"] = [_map_message(message, change) for message in body["messages"]]
     if isinstance(body.get("body"), Mapping):  # a line of OpenAI's batch files
-        body["body"] = _map_images(body["body"], change)
+        body["body"] = map_images(body["body"], change)
     return body
 
 
