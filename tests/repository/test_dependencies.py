@@ -18,6 +18,7 @@ ROOMS = {"api", "bench", "migrations", "models", "tests", "tools", "visq", "work
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAZY_IN_VISQ = {
     "all": ["visq/embedded"],
+    "parquet": ["visq/batch_files/parquet.py", "visq/batch_files/parquet_results.py"],
     "worker": [
         "visq/logs.py",
         "visq/objects",
@@ -36,6 +37,7 @@ PART_OF = {
     "botocore": "boto3",
     "httpcore2": "httpx2",
     "huggingface_hub": "transformers",
+    "langchain_core": "langchain-openai",
     "starlette": "fastapi",
     "tokenizers": "transformers",
     "triton": "torch",
