@@ -14,12 +14,13 @@ import heapq
 from collections.abc import Mapping
 from typing import Final
 
-from sqlalchemy import bindparam, exists, func, select, text, update
+from sqlalchemy import bindparam, exists, func, or_, select, text, update
 from sqlalchemy.orm import Session, aliased
 
 from models.database import db_now
+from models.moves import UNFINISHED
 from models.tables import Batch, Job, has_status
-from visq.types import TERMINAL, BatchStatus, JobStatus
+from visq.types import BatchStatus, JobStatus
 
 _LOCK_ID: Final = 0x76697371
 """Of the advisory lock: "visq"."""
@@ -61,13 +62,20 @@ _NEXT_HELD: Final = (
     .limit(bindparam("free"))
     .with_for_update(skip_locked=True)  # an item that ends just now waits for the batch
 )
-_earlier = aliased(Job)
+_earlier, _answered = aliased(Job), aliased(Job)
 _NEXT_HELD_ONCE: Final = _NEXT_HELD.where(
-    ~exists().where(
-        _earlier.batch_id == Job.batch_id,
-        _earlier.dedupe_key == Job.dedupe_key,
-        _earlier.position < Job.position,
-        _earlier.status.not_in(TERMINAL),
+    or_(
+        ~exists().where(
+            _earlier.batch_id == Job.batch_id,
+            _earlier.dedupe_key == Job.dedupe_key,
+            _earlier.position < Job.position,
+            has_status(*UNFINISHED, of=_earlier),
+        ),
+        exists().where(
+            _answered.batch_id == Job.batch_id,
+            _answered.dedupe_key == Job.dedupe_key,
+            has_status(JobStatus.SUCCEEDED, of=_answered),
+        ),
     )
 )
 """What asks for the same as an item that has not ended waits for that answer."""

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from models import outbox
 from models.database import db_now, fetch
 from models.outbox import OutboxEntry
-from models.tables import Batch, BatchEnd, Job, table
+from models.tables import Batch, BatchEnd, Job, has_status, table
 from visq.errors import NotFound
 from visq.types import BatchStatus, JobStatus
 
@@ -206,15 +206,16 @@ def request_cancel(session: Session, batch_id: str) -> BatchTransition:
     return BatchTransition(batch, [])
 
 
+_CANCELLING: Final = (
+    select(Batch.id)
+    .where(Batch.finished_at.is_(None), Batch.status == BatchStatus.CANCELLING)
+    .order_by(Batch.id)
+)
 _TO_CANCEL: Final = (
     select(Job.id)
     .where(
-        Job.batch_id.in_(
-            select(Batch.id).where(
-                Batch.finished_at.is_(None), Batch.status == BatchStatus.CANCELLING
-            )
-        ),
-        Job.status.in_([JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING]),
+        Job.batch_id == bindparam("batch_id"),
+        has_status(JobStatus.WAITING, JobStatus.QUEUED, JobStatus.RUNNING),
         Job.cancel_requested_at.is_(None),
     )
     .order_by(Job.id)
@@ -225,7 +226,13 @@ _TO_CANCEL: Final = (
 def to_cancel(session: Session, limit: int) -> list[str]:
     """Ids of items to cancel in batches that are being cancelled: those that wait, and those that
     run and were not asked to stop yet (also if they were claimed while the cancellation came)."""
-    return list(session.scalars(_TO_CANCEL, {"most": limit}))
+    found: list[str] = []
+    # A batch at a time: for all at once, PostgreSQL reads the table in the order of its ids.
+    for batch_id in session.scalars(_CANCELLING).all():
+        if len(found) < limit:
+            most = limit - len(found)
+            found += session.scalars(_TO_CANCEL, {"batch_id": batch_id, "most": most})
+    return found
 
 
 def _fresh(session: Session, batch_id: str) -> Batch:

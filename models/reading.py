@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from models.database import db_now
 from models.moves import UNFINISHED
-from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Tenant
+from models.tables import Batch, ChatSession, Image, Job, JobEvent, Message, Tenant, has_status
 from visq.ids import new_id
 from visq.types import JobResult, JobStatus, Lane, Usage, WaitingFor
 
@@ -89,7 +89,7 @@ def answered_before(
             Job.batch_id == batch_id,
             Job.dedupe_key == dedupe_key,
             Job.id != job_id,
-            Job.status == JobStatus.SUCCEEDED,
+            has_status(JobStatus.SUCCEEDED),
         )
         .order_by(Job.position)
         .limit(1)

@@ -271,12 +271,27 @@ class Job(TenantOwned, Base):
             "position",
             where="status = 'queued' AND publish_at IS NULL",
         ),
+        # Of a batch that has 50,000 ended items, those that are to be cancelled.
         _partial_index(
-            "ix_jobs_dedupe",
+            "ix_jobs_open_items",
+            "batch_id",
+            "id",
+            where="batch_id IS NOT NULL AND status IN ('waiting', 'queued', 'running')",
+        ),
+        # Of equal items: those that may be waited for, and those that were answered.
+        _partial_index(
+            "ix_jobs_dedupe_open",
             "batch_id",
             "dedupe_key",
             "position",
-            where="dedupe_key IS NOT NULL",
+            where="dedupe_key IS NOT NULL AND status IN ('waiting', 'queued', 'running')",
+        ),
+        _partial_index(
+            "ix_jobs_dedupe_answered",
+            "batch_id",
+            "dedupe_key",
+            "position",
+            where="dedupe_key IS NOT NULL AND status = 'succeeded'",
         ),
         # A session runs one turn at a time, whatever goes wrong elsewhere.
         _partial_index(
@@ -383,8 +398,8 @@ class Outbox(Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
-def has_status(*statuses: JobStatus) -> ColumnElement[bool]:
+def has_status(*statuses: JobStatus, of: type[Job] = Job) -> ColumnElement[bool]:
     """Whether a job is in one of these states, written out and not as parameters: an index that is
     for such rows only must be known to fit."""
     written = [literal_column(f"'{status.value}'", Job.status.type) for status in statuses]
-    return Job.status == written[0] if len(written) == 1 else Job.status.in_(written)
+    return of.status == written[0] if len(written) == 1 else of.status.in_(written)

@@ -64,6 +64,7 @@ JOB_COLUMNS: dict[str, sa.types.TypeEngine[Any]] = {
     "dedupe_key": sa.String(64),
 }
 
+UNFINISHED = "status IN ('waiting', 'queued', 'running')"
 PARTIAL = (
     ("ix_batches_open", "batches", ["id"], "finished_at IS NULL"),
     (
@@ -73,10 +74,22 @@ PARTIAL = (
         "status = 'queued' AND publish_at IS NULL",
     ),
     (
-        "ix_jobs_dedupe",
+        "ix_jobs_open_items",
+        "jobs",
+        ["batch_id", "id"],
+        f"batch_id IS NOT NULL AND {UNFINISHED}",
+    ),
+    (
+        "ix_jobs_dedupe_open",
         "jobs",
         ["batch_id", "dedupe_key", "position"],
-        "dedupe_key IS NOT NULL",
+        f"dedupe_key IS NOT NULL AND {UNFINISHED}",
+    ),
+    (
+        "ix_jobs_dedupe_answered",
+        "jobs",
+        ["batch_id", "dedupe_key", "position"],
+        "dedupe_key IS NOT NULL AND status = 'succeeded'",
     ),
 )
 
