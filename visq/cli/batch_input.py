@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final
 
-from visq.errors import InvalidRequest
+from visq.batch_files.lines import Line, lines
+from visq.errors import BatchInputError, ConfigurationError, InvalidRequest
 
-FILES: Final = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+FILES: Final = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
+MAX_LINE_BYTES: Final = 64 * 1024 * 1024
+"""Of a local file, whose images may be in it; the server has its own limit."""
 
 
 def input_of(
@@ -28,7 +30,7 @@ def input_of(
         raise InvalidRequest("give a file of items, or images", param="sources")
     if len(sources) == 1:
         [source] = sources
-        is_file = source.endswith((*FILES, ".parquet"))
+        is_file = source.endswith(FILES)
         if source.startswith("s3://") and (is_file or source.endswith("/")):
             if images is not None:
                 raise InvalidRequest(
@@ -58,23 +60,31 @@ def _file_items(path: Path, prompt: str | None, images: str | None) -> Iterator[
 
     :raises InvalidRequest: names the line that is no item.
     """
-    if path.suffix == ".parquet":
-        raise InvalidRequest(f"{path}: put a Parquet file into the object store, and give its name")
     try:
-        with path.open("rb") as opened:
-            packed = path.suffix == ".gz"
-            file = cast("BinaryIO", gzip.GzipFile(fileobj=opened)) if packed else opened
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _item(line, f"{path}, line {number}", prompt, images)
-    except (OSError, EOFError) as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InvalidRequest(f"{path} cannot be read ({said})") from error
+        with path.open("rb") as file:
+            for line in _lines(file, path):
+                yield _item(line, f"{path}, line {line.number}", prompt, images)
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read ({error.strerror or error})") from error
+    except BatchInputError as error:
+        raise InvalidRequest(f"{path}: {error.message}") from None
 
 
-def _item(line: bytes, place: str, prompt: str | None, images: str | None) -> dict[str, Any]:
+def _lines(file: BinaryIO, path: Path) -> Iterator[Line]:
+    if path.suffix != ".parquet":
+        return lines(file, max_bytes=MAX_LINE_BYTES)
     try:
-        item = json.loads(line.decode("utf-8-sig"))
+        from visq.batch_files.parquet import parquet_lines
+    except ImportError:
+        raise ConfigurationError("Parquet needs the extra: pip install 'visq[parquet]'") from None
+    return parquet_lines(file, max_bytes=MAX_LINE_BYTES)
+
+
+def _item(line: Line, place: str, prompt: str | None, images: str | None) -> dict[str, Any]:
+    if line.data is None or line.fault is not None:
+        raise InvalidRequest(f"{place}: {line.fault or 'it is too long'}")
+    try:
+        item = json.loads(line.data)
     except ValueError as error:
         raise InvalidRequest(f"{place} is not JSON: {error}") from None
     if not isinstance(item, dict):

@@ -90,6 +90,11 @@ def run(
     }
     options = {name: value for name, value in options.items() if value is not None}
     with connected(url, data) as client:
+        if output is not None and not _is_remote(output) and output.endswith((".gz", ".parquet")):
+            raise InvalidRequest(
+                "a local output is plain JSON lines: give another name, or an s3:// one",
+                param="output",
+            )
         if dry_run:
             items, named = input_of(sources or [], prompt, images)
             _show(client.batches.estimate(items, **options | named), as_json)

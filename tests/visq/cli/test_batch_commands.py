@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import typer
 from PIL import Image
@@ -62,6 +64,36 @@ def test_a_file_is_run_and_its_results_written(
     assert [job["custom_id"] for job in written(output)] == [f"i{n}" for n in range(120)]
     assert {job["lane"] for job in written(output)} == {"standard"}
     assert result.stdout == ""
+
+
+def test_a_parquet_file_is_run(run: Run, answering: None, tmp_path: Path) -> None:
+    table = pyarrow.table({"custom_id": ["a", "b"], "prompt": ["First", "Second"]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    result = run("run", tmp_path / "in.parquet")
+    assert result.stdout == "a\tYou asked: First\nb\tYou asked: Second\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("in.jsonl", b'{"prompt": "x"}\n[]\n', "line 2 is not an object"),
+        ("in.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 99)[:-9], "it was cut off"),
+        ("in.jsonl", b"\xff\xfe\x00", "it is UTF-16"),
+        ("in.parquet", b"PAR1", "cannot be read as Parquet"),
+        ("in.jsonl", None, "cannot be read (No such file"),
+    ],
+)
+def test_a_file_that_is_none_of_items_is_named(
+    run: Run, client: Client, tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = run("run", tmp_path / name)
+    assert result.exit_code == 1
+    assert str(tmp_path / name) in result.stderr
+    assert said in result.stderr
+    assert list(client.batches.list()) == []
+    assert "plain JSON lines" in run("run", "a.png", "-p", "x", "-o", "out.parquet").stderr
 
 
 def test_lines_in_openais_form_are_run(run: Run, answering: None, tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ EXAMPLES = re.findall(
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_the_example_runs(
     number: int, api: RunningApi, secret: str, answering: None, tmp_path: Path
 ) -> None:
