@@ -14,6 +14,8 @@ from models.tables import Job, JobEvent
 from visq.types import JobStatus, Prompt
 
 LATEST_JOBS: Final = 200
+LOOKED_THROUGH: Final = 200_000
+"""No more jobs are looked through for them: all before may be queued."""
 LATEST_RUNS: Final = 500
 RECENT_SECONDS: Final = 600.0
 RECENT_EVENTS: Final = 50_000
@@ -39,9 +41,11 @@ class Run:
 
 def latest_prompts(session: Session) -> list[Asked]:
     """Of the latest jobs that succeeded, outside of sessions (whose prompts have a history)."""
+    newest_first = select(Job.id).order_by(Job.id.desc())
+    oldest = session.scalar(newest_first.offset(LOOKED_THROUGH).limit(1)) or ""
     rows = session.execute(
         select(Job.request, Job.result)
-        .where(Job.status == JobStatus.SUCCEEDED, Job.session_id.is_(None))
+        .where(Job.id > oldest, Job.status == JobStatus.SUCCEEDED, Job.session_id.is_(None))
         .order_by(Job.id.desc())
         .limit(LATEST_JOBS)
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final, Literal
 
 from visq.client import calls, options
 from visq.client.batch_input import DRY_RUN_SECONDS, batch_body
 from visq.client.flows import OUTAGE_SECONDS, Flow, Request
+from visq.errors import VisqError
 from visq.types import BatchEstimate, BatchView, JobView, Json, Page
 
 SUBMIT_SECONDS: Final = 120.0
@@ -36,7 +38,8 @@ def estimate_batch(items: Iterable[options.Item] | None, fields: Json) -> Flow[B
         )
     finally:
         if body.file_id is not None:
-            yield Request("DELETE", f"/v1/files/{body.file_id}")
+            with suppress(VisqError):  # it expires anyway
+                yield Request("DELETE", f"/v1/files/{body.file_id}")
     return BatchEstimate.model_validate_json(answer.body)
 
 
