@@ -187,6 +187,26 @@ def test_pixels_that_are_here_are_shown_without_reading_bytes_while_the_store_sa
     assert not Path(f"/dev/shm{first}").exists()
 
 
+def test_a_named_version_whose_pixels_are_here_is_not_asked_for(
+    s3: S3Endpoint, bucket: str, tmp_path: Path
+) -> None:
+    client = s3.client()
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    version = client.put_object(Bucket=bucket, Key="a.jpg", Body=jpeg())["VersionId"]
+    client.put_object(Bucket=bucket, Key="a.jpg", Body=jpeg("blue"))
+    given = {name.removeprefix("VISQ_").lower(): value for name, value in s3.environment.items()}
+    settings = Settings.model_validate(given | {"data": tmp_path, "media_cache_bytes": 0})
+    counting = CountingStore(open_store(settings))
+    media = Media(settings, counting)  # type: ignore[arg-type]
+    for _ in range(3):
+        pixels = media.load(ObjectRef(bucket, "a.jpg", version).uri, "ann").pixels
+        assert pixels.sha256 == sha256(jpeg()).hexdigest()
+        pixels.release()
+    assert (counting.full, counting.unchanged) == (1, 0)
+    media.close()
+    counting.close()
+
+
 @pytest.mark.parametrize("asked", [0, 1000, 10**12])
 def test_at_most_an_eighth_of_shared_memory_is_kept(
     settings: Settings, store: ObjectStore, asked: int
