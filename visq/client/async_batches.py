@@ -105,7 +105,13 @@ async def _items(
     state: RunState,
     running: set[str],
 ) -> AsyncGenerator[JobView]:
-    batch_id = state.batch_id = (await runner.run(begin())).id
+    try:
+        batch_id = state.batch_id = (await runner.run(begin())).id
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        if state.sent is not None:  # there may be a batch
+            with suppress(VisqError):
+                await runner.run(batch_calls.withdraw(state.sent))
+        raise
     running.add(batch_id)
     try:
         results = ResultsAsTheyEnd(batch_id, cursor_number(state.cursor))

@@ -19,13 +19,27 @@ SUBMIT_SECONDS: Final = 120.0
 Order = Literal["input", "ended"]
 
 
-def submit_batch(items: Iterable[options.Item] | None, fields: Json) -> Flow[BatchView]:
-    """Upload the local images of all items, then submit them. `fields`: `BatchOptions`."""
+def submit_batch(
+    items: Iterable[options.Item] | None,
+    fields: Json,
+    sending: Callable[[Request], None] = lambda _: None,
+) -> Flow[BatchView]:
+    """Upload the local images of all items, then submit them. `fields`: `BatchOptions`.
+
+    :param sending: is told of the request that makes the batch, before it is sent.
+    """
     key = fields.pop("idempotency_key", None)
     body = yield from batch_body(items, fields)
     request = calls.creation("/v1/batches", body.data, key, answer_seconds=SUBMIT_SECONDS)
+    sending(request)
     answer = yield request
     return BatchView.model_validate_json(answer.body)
+
+
+def withdraw(request: Request) -> Flow[BatchView]:
+    """Cancel the batch of a request whose answer was not waited for: its key finds it."""
+    answer = yield request
+    return (yield from cancel_batch(BatchView.model_validate_json(answer.body).id))
 
 
 def estimate_batch(items: Iterable[options.Item] | None, fields: Json) -> Flow[BatchEstimate]:

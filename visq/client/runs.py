@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from visq.client import batch_calls
-from visq.client.flows import Flow
+from visq.client.flows import Flow, Request
 from visq.client.options import Item
 from visq.errors import InvalidRequest
 from visq.types import BatchView, Json
@@ -18,6 +18,11 @@ class RunState:
 
     batch_id: str | None = None
     cursor: str | None = None
+    sent: Request | None = None
+    """What makes its batch, if that was begun."""
+
+    def sending(self, request: Request) -> None:
+        self.sent = request
 
 
 def begun(
@@ -32,7 +37,8 @@ def begun(
     if batch_id is None:
         if after is not None:
             raise InvalidRequest("`after` goes with `batch_id`", param="after")
-        return lambda: batch_calls.submit_batch(items, fields), RunState()
+        state = RunState()
+        return lambda: batch_calls.submit_batch(items, fields, state.sending), state
     if items is not None or fields:
         raise InvalidRequest(
             "a batch that is resumed has its items and options already; give `batch_id` alone, or "

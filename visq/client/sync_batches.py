@@ -119,7 +119,13 @@ class BatchRun(Iterator[JobView]):
 def _items(
     runner: Runner, begin: Callable[[], Flow[BatchView]], state: RunState, running: set[str]
 ) -> Generator[JobView]:
-    batch_id = state.batch_id = runner.run(begin()).id
+    try:
+        batch_id = state.batch_id = runner.run(begin()).id
+    except KeyboardInterrupt:
+        if state.sent is not None:  # there may be a batch
+            with suppress(VisqError):
+                runner.run(batch_calls.withdraw(state.sent))
+        raise
     running.add(batch_id)
     try:
         results = ResultsAsTheyEnd(batch_id, cursor_number(state.cursor))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 
 import pytest
@@ -178,6 +178,27 @@ async def test_a_cancelled_task_cancels_its_run(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert cancelled(client, only_batch(client))
+
+
+async def test_a_run_that_is_left_while_it_is_submitted_leaves_no_batch(
+    faulty: FaultyServer, secret: str, client: Client
+) -> None:
+    """The batch is there, though nobody was told its id."""
+    faulty.faults = [LoseAnswer(), Reply(503, {"Retry-After": "60"})]
+    async with AsyncClient(faulty.url, secret) as leaving:
+        task = asyncio.create_task(anext(leaving.batches.run(TEN)))
+        await until_async(_told_to_wait(faulty), 30, "the answer to be lost")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert cancelled(client, only_batch(client))
+
+
+def _told_to_wait(faulty: FaultyServer) -> Callable[[], Awaitable[bool]]:
+    async def told() -> bool:
+        return not faulty.faults
+
+    return told
 
 
 async def _any(client: AsyncClient) -> bool:
