@@ -58,9 +58,9 @@ _RUNNING: Final = text(
     "SELECT count(*) FROM jobs WHERE status = 'running' AND batch_id IS NOT NULL"
 )
 _WAITS: Final = text(
-    "SELECT extract(epoch FROM started_at - created_at) FROM jobs JOIN tenants t"
-    " ON t.id = tenant_id WHERE t.name = 'chat' AND started_at IS NOT NULL AND created_at >= :since"
-    " AND created_at < :until ORDER BY 1"
+    "SELECT extract(epoch FROM j.started_at - j.created_at) FROM jobs j JOIN tenants t"
+    " ON t.id = j.tenant_id WHERE t.name = 'chat' AND j.started_at IS NOT NULL"
+    " AND j.created_at >= :since AND j.created_at < :until ORDER BY 1"
 )
 _SHARES: Final = text(
     "SELECT t.name, count(*) FROM job_events e JOIN jobs j ON j.id = e.job_id"
@@ -153,7 +153,7 @@ class Deployment:
 
     def ready(self) -> None:
         with self.client("acme") as client:
-            while not client.ready():
+            while not client.ready() or not client.models.list():
                 time.sleep(0.2)
 
     def look(self, peaks: Peaks) -> None:

@@ -57,7 +57,6 @@ def main() -> None:
                 "engine": "native",
                 "model": str(weights),
                 "device": "cuda",
-                "batch_window": args.jobs,
             }
         )
         begun = time.monotonic()
