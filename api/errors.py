@@ -70,6 +70,8 @@ def _body(code: str, message: str, param: str | None) -> Json:
 
 OURS: Final = Face(lambda status: status, _body)
 OPENAI: Final = Face(openai.status_of, openai.body_of)
+BATCHES: Final = Face(openai.status_of, openai.body_in_our_names)
+"""As `OPENAI`, for requests whose fields are mostly visq's own."""
 
 
 async def _as_openai(request: Request) -> None:
@@ -78,6 +80,13 @@ async def _as_openai(request: Request) -> None:
 
 as_openai: Final = Depends(_as_openai)
 """The route tells its errors as OpenAI's API does."""
+
+
+async def _as_batches(request: Request) -> None:
+    request.state.face = BATCHES
+
+
+as_batches: Final = Depends(_as_batches)
 
 
 def add_header(request: Request, name: str, value: str) -> None:

@@ -14,7 +14,7 @@ from api import examples, openapi
 from api.auth import Me, authenticated
 from api.batch_events import BATCH_EVENT_SCHEMA, batch_events
 from api.batch_intake import batch_input
-from api.errors import OPENAI, as_openai, documented
+from api.errors import BATCHES, as_batches, documented
 from api.estimates import estimate
 from api.events import EventStream
 from api.fields import BatchIdPath, IdempotencyKey, PageParameters, Parameters, page_of
@@ -31,7 +31,7 @@ from visq.errors import NotFound, ObjectForbidden, ObjectNotFound
 from visq.types import BatchEstimate, BatchPage, BatchRequest, BatchView, JobView, Page
 
 router = APIRouter(
-    prefix="/v1/batches", tags=["batches"], dependencies=[as_openai, Depends(authenticated)]
+    prefix="/v1/batches", tags=["batches"], dependencies=[as_batches, Depends(authenticated)]
 )
 
 BatchCursor = Annotated[str, Field(pattern="^bat_[0-9a-f]{32}$")]
@@ -68,7 +68,7 @@ class Follow(Parameters):
     responses={
         200: {"model": BatchEstimate, "description": "With `dry_run`: what it would be."},
         202: openapi.example(examples.BATCH, location=True),
-        **documented(ObjectNotFound, ObjectForbidden, *SUBMIT_ERRORS, face=OPENAI),
+        **documented(ObjectNotFound, ObjectForbidden, *SUBMIT_ERRORS, face=BATCHES),
     },
     openapi_extra=openapi.body(BatchRequest, examples.BATCH_BODIES),
 )
@@ -114,7 +114,7 @@ async def submit(
     "",
     operation_id="list_batches",
     summary="List batches, newest first",
-    responses=documented(face=OPENAI),
+    responses=documented(face=BATCHES),
 )
 async def list_batches(me: Me, page: Annotated[BatchesPage, Query()]) -> BatchPage:
     rows: list[Batch] = await me.database.read(
@@ -134,7 +134,7 @@ async def list_batches(me: Me, page: Annotated[BatchesPage, Query()]) -> BatchPa
     "/{batch_id}",
     operation_id="get_batch",
     summary="Look at a batch and its counters",
-    responses={200: openapi.example(examples.BATCH), **documented(NotFound, face=OPENAI)},
+    responses={200: openapi.example(examples.BATCH), **documented(NotFound, face=BATCHES)},
 )
 async def get_batch(me: Me, batch_id: BatchIdPath) -> BatchView:
     return batch_view(await me.database.read(batches.get, batch_id))
@@ -144,7 +144,7 @@ async def get_batch(me: Me, batch_id: BatchIdPath) -> BatchView:
     "/{batch_id}/results",
     operation_id="list_batch_results",
     summary="The items that have ended",
-    responses=documented(NotFound, face=OPENAI),
+    responses=documented(NotFound, face=BATCHES),
 )
 async def list_results(
     me: Me, batch_id: BatchIdPath, page: Annotated[ResultsPage, Query()]
@@ -175,7 +175,7 @@ async def list_results(
             "the batch has ended; nothing follows. Comments keep the connection alive.",
             "content": {"text/event-stream": {"schema": BATCH_EVENT_SCHEMA}},
         },
-        **documented(NotFound, face=OPENAI),
+        **documented(NotFound, face=BATCHES),
     },
 )
 async def stream_batch_events(
@@ -206,7 +206,7 @@ async def stream_batch_events(
     summary="Cancel a batch",
     responses={
         200: openapi.example(examples.BATCH | {"status": "cancelling"}),
-        **documented(NotFound, face=OPENAI),
+        **documented(NotFound, face=BATCHES),
     },
 )
 async def cancel_batch(here: Here, me: Me, batch_id: BatchIdPath) -> BatchView:

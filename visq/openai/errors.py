@@ -39,12 +39,17 @@ def status_of_code(code: str) -> int:
 
 
 def body_of(code: str, message: str, param: str | None) -> Json:
-    """The body of an answer that is an error."""
+    """The body of an answer that is an error, where requests are chat completions."""
+    return body_in_our_names(code, message, None if param is None else _param(param))
+
+
+def body_in_our_names(code: str, message: str, param: str | None) -> Json:
+    """The same where the fields of requests are visq's own."""
     return {
         "error": {
             "message": message,
             "type": type_of(code),
-            "param": None if param is None else _param(param),
+            "param": param,
             "code": OPENAI_CODES.get(code, code),
         }
     }
