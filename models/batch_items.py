@@ -85,7 +85,7 @@ def add_items(
 
 def _once_each(session: Session, batch_id: str, items: Sequence[NewItem]) -> Iterable[NewItem]:
     """Items whose `custom_id` another one has become errors."""
-    given = [new.item.custom_id for new in items if new.item is not None]
+    given = [new.custom_id if new.item is None else new.item.custom_id for new in items]
     taken = set(fetch(session, _TAKEN, {"batch_id": batch_id, "custom_ids": given}).scalars())
     for new in items:
         if new.item is None:

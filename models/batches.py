@@ -117,6 +117,7 @@ def stop(session: Session, batch_id: str, errors: list[dict[str, Any]] | None = 
             cancelling_at=db_now(),
             intake_done=True,
             held_until=None,
+            hold=Batch.hold + 1,  # who reads it is to know
             errors=errors,
         ),
         execution_options={"synchronize_session": False},
@@ -129,6 +130,8 @@ def end(session: Session, batch_id: str) -> list[OutboxEntry]:
     if batch.output_uri is not None or batch.input_file_id is not None:
         batch.status, batch.finalizing_at = BatchStatus.FINALIZING, db_now()
         batch.held_until = None
+        # Who began to write before an item was retried must not end it with what was then.
+        batch.hold += 1
         batch.hold_failures = 0
         session.flush()
         return []

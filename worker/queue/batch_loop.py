@@ -21,7 +21,7 @@ from models.database import Database
 from models.outbox import OutboxEntry
 from models.tables import Batch
 from visq import points
-from visq.errors import Unavailable, VisqError
+from visq.errors import InternalError, Unavailable, VisqError
 from visq.objects import ObjectStore, parse_uri
 from visq.settings import Settings
 from visq.streams import live_workers
@@ -39,6 +39,13 @@ TURN_SECONDS: Final = 5.0
 CLEAR_SECONDS: Final = 60.0
 """Time between two looks for files that have expired."""
 EXPIRED_AT_ONCE: Final = 100
+
+UNEXPECTED_TRIES: Final = 10
+"""Times in a row that something unknown goes wrong with a batch until it is given up."""
+WRITE_TRIES: Final = 1440
+"""Times in a row that the store does not take an output until the batch ends without it: in about
+a day (`models.batch_holds.LONGEST_PAUSE`). An input is waited for until its batch is cancelled, or
+expires."""
 
 ORDERS: Final = 8
 """Batches whose images are remembered, so that a batch that had to give way goes on as it began."""
@@ -100,13 +107,20 @@ class BatchLoop:
         except HoldLostError as lost:
             log.info("batch left alone", reason=str(lost))
         except Unavailable as error:
-            log.warning("batch is left for later", batch=hold.batch.id, error=str(error))
-            self._unless_lost(lambda: self._database.run(batch_holds.postpone, hold))
+            if hold.reads or hold.batch.hold_failures < WRITE_TRIES:
+                log.warning("batch is left for later", batch=hold.batch.id, error=str(error))
+                self._unless_lost(lambda: self._database.run(batch_holds.postpone, hold))
+            else:
+                self._fail(hold, error)
         except VisqError as error:
             self._fail(hold, error)
-        except Exception:
-            log.exception("batch is left for later", batch=hold.batch.id)
-            self._unless_lost(lambda: self._database.run(batch_holds.postpone, hold))
+        except Exception as error:
+            log.exception("batch failed", batch=hold.batch.id)
+            if hold.batch.hold_failures < UNEXPECTED_TRIES:
+                self._unless_lost(lambda: self._database.run(batch_holds.postpone, hold))
+            else:
+                said = f"visq failed at this batch ({type(error).__name__}); its log says why"
+                self._fail(hold, InternalError(said))
         return True
 
     def _do(self, hold: Hold) -> None:
@@ -125,7 +139,8 @@ class BatchLoop:
             batch.input_etag = etag
         order = self._order_of(batch)
         until = time.monotonic() + TURN_SECONDS
-        for chunk in self._reader.chunks(batch, hold.tenant, place_of(batch)):
+        alive = self._still_ours(hold)
+        for chunk in self._reader.chunks(batch, hold.tenant, place_of(batch), alive):
             points.reached("batch.chunk_read")
             events = self._database.run(
                 batch_holds.add_chunk,
@@ -139,11 +154,16 @@ class BatchLoop:
             points.reached("batch.chunk_added")
             self._wake_for_windows()
             self._tell(events)
-            if self._stopping.is_set() or (time.monotonic() > until and not chunk.is_last):
+            gives_way = time.monotonic() > until and not chunk.is_last
+            if self._stopping.is_set() or (gives_way and self._others_wait()):
                 self._unless_lost(lambda: self._database.run(batch_holds.release, hold))
                 return
         self._orders.pop(batch.id, None)
         self._woken.set()  # it may have ended already, and be to be written
+
+    def _others_wait(self) -> bool:
+        """If not, going on is better: of a packed file all is unpacked again at the next turn."""
+        return self._database.read(batch_holds.is_any_to_do)
 
     def _order_of(self, batch: Batch) -> ImageOrder:
         order = self._orders.pop(batch.id, None) or ImageOrder()
@@ -153,6 +173,13 @@ class BatchLoop:
         return order
 
     def _write(self, hold: Hold) -> None:
+        output, errors = self._writer.write(hold.batch, hold.tenant, self._still_ours(hold))
+        points.reached("batch.output_written")
+        self._tell(self._database.run(batch_holds.close, hold, output, errors))
+
+    def _still_ours(self, hold: Hold) -> Callable[[], None]:
+        """To be called often by what takes long: it renews the hold now and then, and raises
+        `HoldLostError` if this is not to go on."""
         renewed = time.monotonic()
 
         def still_ours() -> None:
@@ -164,9 +191,7 @@ class BatchLoop:
                 self._database.run(batch_holds.renew, hold, seconds=HOLD_SECONDS)
                 renewed = time.monotonic()
 
-        output, errors = self._writer.write(hold.batch, hold.tenant, still_ours)
-        points.reached("batch.output_written")
-        self._tell(self._database.run(batch_holds.close, hold, output, errors))
+        return still_ours
 
     def _fail(self, hold: Hold, error: VisqError) -> None:
         what = "read" if hold.reads else "written"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ CHUNK: Final = 250
 """Items that are added in one transaction."""
 CHUNK_BYTES: Final = 4 * 1024 * 1024
 """Of their lines."""
+CHUNK_SECONDS: Final = 5.0
+"""In which they are read, if that takes long: what was read is kept, and others have their turn."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class _Found:
-    item: NewItem
+    item: NewItem | None
+    """``None``: what lies there is none, and is passed over."""
     place: Place
     """After it."""
     size: int
@@ -74,23 +78,27 @@ class BatchReader:
         self._store = store
         self._served = served
 
-    def chunks(self, batch: Batch, tenant: str, place: Place) -> Iterator[Chunk]:
+    def chunks(
+        self, batch: Batch, tenant: str, place: Place, alive: Callable[[], None]
+    ) -> Iterator[Chunk]:
         """The items of a batch after `place`.
 
+        :param alive: called while there is no chunk for long; what it raises is passed on.
         :raises BatchInputError: the input is no file of items.
         :raises NotFound, ObjectForbidden, ObjectChanged: it cannot be read.
         :raises Unavailable: the store does not answer.
         """
         items: list[NewItem] = []
-        size = 0
-        with closing(self._found(batch, place)) as numbered:
+        size, until = 0, time.monotonic() + CHUNK_SECONDS
+        with closing(self._found(batch, place, alive)) as numbered:
             for found in numbered:
-                items.append(self._resolved(found.item, batch, tenant))
+                if found.item is not None:
+                    items.append(self._resolved(found.item, batch, tenant))
                 place = found.place
                 size += found.size
-                if len(items) == CHUNK or size > CHUNK_BYTES:
+                if len(items) == CHUNK or size > CHUNK_BYTES or time.monotonic() > until:
                     yield Chunk(items, place)
-                    items, size = [], 0
+                    items, size, until = [], 0, time.monotonic() + CHUNK_SECONDS
         if not items and place.position == 0:
             raise BatchInputError(
                 f"there is nothing in {batch.input_uri}: no line, or (under a prefix) no image "
@@ -101,16 +109,17 @@ class BatchReader:
     def items(self, batch: Batch) -> Iterator[NewItem]:
         """All items as they are written: nothing is stored, and no image is looked at. With the
         errors of `chunks`."""
-        with closing(self._found(batch, Place())) as numbered:
+        with closing(self._found(batch, Place(), lambda: None)) as numbered:
             for found in numbered:
-                yield found.item
+                if found.item is not None:
+                    yield found.item
 
-    def _found(self, batch: Batch, place: Place) -> Generator[_Found]:
+    def _found(self, batch: Batch, place: Place, alive: Callable[[], None]) -> Generator[_Found]:
         assert batch.input_uri is not None
         is_prefix = batch.input_uri.endswith("/")
-        return self._images(batch, place) if is_prefix else self._lines(batch, place)
+        return self._images(batch, place) if is_prefix else self._lines(batch, place, alive)
 
-    def _lines(self, batch: Batch, place: Place) -> Generator[_Found]:
+    def _lines(self, batch: Batch, place: Place, alive: Callable[[], None]) -> Generator[_Found]:
         uri = batch.input_uri or ""
         models = self._served()
         with self._store.open(parse_uri(uri), if_match=batch.input_etag) as file:
@@ -128,16 +137,20 @@ class BatchReader:
                     max_bytes=self._settings.max_line_bytes,
                     number=place.position,
                     offset=place.offset,
+                    alive=alive,
                 )
             for line in found:
+                # What is passed over between two lines has taken its time, too.
+                size = max(line.offset - place.offset, len(line.data or b""))
                 place = Place(line.number, line.offset)
-                yield _Found(_item(line, models), place, len(line.data or b""))
+                yield _Found(_item(line, models), place, size)
 
     def _images(self, batch: Batch, place: Place) -> Generator[_Found]:
         bucket, _, prefix = (batch.input_uri or "").removeprefix("s3://").partition("/")
         position = place.position
         for found in self._store.list(bucket, prefix, after=place.after):
             if not found.key.lower().endswith(IMAGE_ENDINGS):
+                yield _Found(None, Place(position, after=found.key), 0)
                 continue
             position += 1
             name = found.key.removeprefix(prefix)

@@ -4,107 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from migrations import run as migrations
 from models import batch_holds, batch_windows, batches, dispatch, jobs, reading, submit
 from models import files as stored_files
-from models.database import Database, db_now
-from models.tables import Batch, Job, Outbox, StoredFile
+from models.database import db_now
+from models.tables import Batch, Outbox, StoredFile
 from models.views import batch_view
-from tests.models.conftest import PERMANENT, World
+from tests.models.conftest import PERMANENT
+from tests.worker.queue.conftest import Files, jsonl, let_holds_run_out
 from visq import points
-from visq.objects import ObjectStore, open_store, parse_uri
-from visq.settings import Settings
 from visq.types import BatchRequest, BatchStatus
 from visq.types import JobStatus as S
-from worker.queue import BatchLoop, Courier
-
-
-@dataclass
-class Files:
-    """A world with an object store, and the loop that reads and writes there."""
-
-    world: World
-    settings: Settings
-    store: ObjectStore
-    courier: Courier
-
-    def loop(self) -> BatchLoop:
-        return BatchLoop(self.settings, self.world.database, self.store, self.courier, lambda: None)
-
-    def put(self, uri: str, data: bytes) -> None:
-        self.store.put(parse_uri(uri), data, "application/octet-stream")
-
-    def get(self, uri: str) -> bytes:
-        with self.store.open(parse_uri(uri)) as file:
-            return file.read()
-
-    def lines(self, uri: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.get(uri).splitlines()]
-
-    def submit(self, **fields: Any) -> str:
-        body = {"input_uri": "s3://work/in.jsonl", "output_uri": "s3://work/out.jsonl"}
-        request = BatchRequest.model_validate(body | fields)
-        return self.world.database.run(
-            submit.submit_batch, self.world.tenant_id, request, max_attempts=3
-        ).batch.id
-
-    def run(self) -> None:
-        """Everything that is to be done."""
-        loop = self.loop()
-        while loop.round():
-            pass
-
-    def batch(self, batch_id: str) -> Batch:
-        return self.world.database.read(batches.get, batch_id)
-
-    def items(self, batch_id: str) -> list[Job]:
-        rows = self.world.database.read(reading.list_jobs, batch_id=batch_id, limit=10_000)
-        return sorted(rows, key=lambda job: job.position or 0)
-
-    def succeed_all(self, batch_id: str) -> None:
-        """As workers would: what is queued, until nothing is."""
-        while queued := [job for job in self.items(batch_id) if job.status is S.QUEUED]:
-            for job in queued:
-                self.world.succeed(job.id)
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    migrations.upgrade(database_url)
-    database = Database(database_url)
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def world(database: Database) -> World:
-    return World(database, database.run(reading.ensure_tenants, ["acme"])["acme"])
-
-
-@pytest.fixture
-def files(database: Database, world: World, redis_url: str, tmp_path: Path) -> Iterator[Files]:
-    settings = Settings(data=tmp_path, broker_url=redis_url, redis_url=redis_url)
-    courier = Courier(settings, database)
-    store = open_store(settings)
-    yield Files(world, settings, store, courier)
-    store.close()
-    courier.close()
-
-
-def jsonl(count: int, **more: Any) -> bytes:
-    return b"".join(
-        json.dumps({"custom_id": f"item-{n}", "prompt": f"picture {n}", **more}).encode() + b"\n"
-        for n in range(count)
-    )
 
 
 def test_a_file_becomes_items_and_its_output_is_in_input_order(files: Files) -> None:
@@ -260,7 +174,7 @@ def test_a_reader_that_dies_anywhere_is_followed_by_one_that_adds_each_item_once
     held = files.batch(batch_id).held_until
     if held is not None:
         assert not files.loop().round() or point == "transaction.committing", "it is still held"
-    files.world.database.run(_let_holds_run_out)
+    files.world.database.run(let_holds_run_out)
     files.run()
     assert [job.custom_id for job in files.items(batch_id)] == [f"item-{n}" for n in range(10)]
     assert [job.position for job in files.items(batch_id)] == list(range(10))
@@ -275,7 +189,7 @@ def test_a_reader_that_was_held_up_writes_nothing_when_another_has_taken_over(
     database = files.world.database
     slow = database.run(batch_holds.take, seconds=30)
     assert slow is not None
-    database.run(_let_holds_run_out)
+    database.run(let_holds_run_out)
     files.run()
     with pytest.raises(batch_holds.HoldLostError):
         files.loop()._read(slow)
@@ -289,6 +203,8 @@ def test_an_input_that_is_replaced_while_it_is_read_is_not_mixed_with_the_old_on
     monkeypatch.setattr("worker.queue.batch_loop.TURN_SECONDS", -1.0)
     files.put("s3://work/in.jsonl", jsonl(6))
     batch_id = files.submit(output_uri=None)
+    files.put("s3://work/other.jsonl", jsonl(1))
+    files.submit(input_uri="s3://work/other.jsonl", output_uri=None)  # it gives way to this one
     assert files.loop().round()
     files.put("s3://work/in.jsonl", jsonl(7, metadata={"other": "file"}))
     files.run()
@@ -562,10 +478,6 @@ def test_duplicates_wait_for_the_first_and_are_marked(files: Files) -> None:
     assert found is not None
     assert found.duplicate_of == "s0"
     assert found.usage.completion_tokens == 0
-
-
-def _let_holds_run_out(session: Session) -> None:
-    session.execute(update(Batch).values(held_until=db_now(-1.0)))
 
 
 def _expire(session: Session, batch_id: str) -> None:
