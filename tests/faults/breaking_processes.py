@@ -171,6 +171,20 @@ def leave_events(system: System) -> None:
     worker.disarm()
 
 
+def leave_a_batch(kind: str, point: Point) -> Callable[[System], None]:
+    """A process of that kind dies while it reads or writes for a batch: another one must go on."""
+
+    def leave(system: System) -> None:
+        victims = [each for each in system.processes if each.kind == kind]
+        for victim in victims:
+            victim.arm(point, 1)
+        system.wait_for(lambda: any(each.struck for each in victims), 10)
+        for victim in victims:
+            victim.disarm()
+
+    return leave
+
+
 OF_WORKERS: Final[Sequence[Point]] = (
     "transaction.committing",
     "transaction.committed",
@@ -191,6 +205,16 @@ OF_APIS: Final[Sequence[Point]] = (
     "transaction.committing",
     "transaction.committed",
     "jobs.published",
+)
+
+OF_BATCHES: Final[Sequence[Point]] = (
+    "batch.chunk_read",
+    "batch.chunk_added",
+    "batch.output_written",
+)
+OFTEN: Final[Sequence[tuple[str, Point]]] = (
+    ("api", "batch.chunk_read"),
+    ("api", "batch.chunk_added"),
 )
 
 JUST_BEFORE_A_RESCUE: Final = LEASE_SECONDS - 0.6
@@ -225,6 +249,16 @@ AT_POINTS: Final[dict[str, Run]] = {
         delay=JUST_BEFORE_A_RESCUE,
         before=keep_workers_busy,
     ),
+    # APIs that accept a batch read it at once: workers meet one that dead APIs have left.
+    **{
+        f"kill -9 of {kind}s at {point}".replace("apis", "APIs"): at_point(
+            point, kind, passes=2, alone=True, before=leave_a_batch(other, point)
+        )
+        for point in OF_BATCHES
+        for kind, other in (("worker", "api"), ("api", "worker"))
+        if (kind, point) not in OFTEN
+    },
+    **{f"kill -9 of APIs at {point}": at_point(point, "api") for kind, point in OFTEN},
     "SIGTERM of workers at run.claimed": at_point("run.claimed", "worker", "terminate"),
     "SIGTERM of workers at run.answered": at_point("run.answered", "worker", "terminate"),
     "SIGTERM of workers at run.ended": at_point("run.ended", "worker", "terminate"),

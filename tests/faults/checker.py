@@ -6,24 +6,22 @@ processes that it checks. `tests/faults/test_checker.py` plants each kind of vio
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from itertools import pairwise, product
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import Connection, func, select
-from sqlalchemy.orm import Session
-
-from models.tables import Batch, ChatSession, Job, JobEvent, Message, Outbox
+from models.tables import Job, Message
 from models.views import job_view
-from tests.faults.load import Asked, Ledger
+from tests.faults.checker_batches import BatchCheck
+from tests.faults.evidence import Evidence, Rows, Violation
+from tests.faults.ledger import Asked, AskedFile, Ledger
 from tests.faults.played_engine import answer_to
 from visq import types
+from visq.batch_files import output_names
 from visq.errors import ImageChanged, ImageNotFound
-from visq.types import BatchStatus, Prompt
 from visq.types import JobStatus as S
+from visq.types import Prompt
 
 LEGAL: Final = {
     (None, S.QUEUED),
@@ -40,87 +38,6 @@ LEGAL: Final = {
 """Of jobs without a deadline that nobody retries by a call."""
 EXPIRY: Final = {(status, S.EXPIRED) for status in (S.WAITING, S.QUEUED, S.RUNNING)}
 RETRY: Final = (S.FAILED, S.QUEUED)
-
-
-@dataclass(frozen=True)
-class Violation:
-    """A promise that was broken."""
-
-    kind: str
-    where: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.where}: {self.detail}"
-
-
-@dataclass
-class Evidence:
-    """What the world was told."""
-
-    events: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
-    """The CloudEvents from the result queue, by job id, repeats and all."""
-    values: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
-    """What Redis has of the ended jobs, by job id."""
-    objects: Sequence[str] = ()
-    """What is in the object store, by name."""
-    lost_before: datetime | None = None
-    """Redis has lost what it held at this time (the database's clock): of jobs that ended before
-    it, no value need be there,"""
-    events_in_redis: bool = True
-    """and no event either, if Redis is also the broker."""
-
-
-@dataclass
-class Rows:
-    """The database at the end of a round."""
-
-    jobs: dict[str, Job]
-    events: dict[str, list[JobEvent]]
-    sessions: dict[str, ChatSession]
-    messages: dict[str, list[Message]]
-    batches: dict[str, Batch]
-    outbox: int
-    running_elsewhere: int
-
-    @classmethod
-    def read(cls, connection: Connection, after: str) -> Rows:
-        with Session(connection, expire_on_commit=False) as session:
-            jobs = {job.id: job for job in session.scalars(select(Job).where(Job.id > after))}
-            events: dict[str, list[JobEvent]] = defaultdict(list)
-            for event in session.scalars(
-                select(JobEvent).where(JobEvent.job_id > after).order_by(JobEvent.id)
-            ):
-                events[event.job_id].append(event)
-            session_ids = {job.session_id for job in jobs.values() if job.session_id is not None}
-            messages: dict[str, list[Message]] = defaultdict(list)
-            for message in session.scalars(
-                select(Message)
-                .where(Message.session_id.in_(session_ids))
-                .order_by(Message.turn, Message.position)
-            ):
-                messages[message.session_id].append(message)
-            batch_ids = {job.batch_id for job in jobs.values() if job.batch_id is not None}
-            return cls(
-                jobs=jobs,
-                events=events,
-                sessions={
-                    row.id: row
-                    for row in session.scalars(
-                        select(ChatSession).where(ChatSession.id.in_(session_ids))
-                    )
-                },
-                messages=messages,
-                batches={
-                    row.id: row
-                    for row in session.scalars(select(Batch).where(Batch.id.in_(batch_ids)))
-                },
-                outbox=session.scalar(select(func.count()).select_from(Outbox)) or 0,
-                running_elsewhere=session.scalar(
-                    select(func.count()).where(Job.id <= after, Job.finished_at.is_(None))
-                )
-                or 0,
-            )
 
 
 def check(ledger: Ledger, rows: Rows, evidence: Evidence) -> list[Violation]:
@@ -143,25 +60,41 @@ class _Check:
                 asked[job_id] = each
             else:
                 yield Violation("lost", job_id, "was accepted, and is not in the database")
+        batches = BatchCheck(self._ledger, self._rows, self._evidence)
         for batch_id, items in self._ledger.batches.items():
-            yield from self._batch(batch_id, items, asked)
+            yield from batches.of_items(batch_id, items, asked)
+        for batch_id, file in self._ledger.files.items():
+            yield from batches.of_file(batch_id, file, asked)
         for job_id in self._rows.jobs.keys() - asked.keys():
             yield Violation("doubled", job_id, "nobody has asked for this job")
         for job_id, each in asked.items():
             yield from self._job(self._rows.jobs[job_id], each)
         for session_id, turns in self._ledger.turns.items():
             yield from self._session(session_id, turns)
-        there, needed = set(self._evidence.objects), self._ledger.pictures.versions.keys()
-        for name in there - needed:
-            yield Violation("left behind", name, "nobody needs it any more")
-        for name in needed - there:
-            yield Violation("lost", name, "was put into the store, and is not there")
+        for batch_id, file in self._ledger.files.items():
+            yield from self._sessions_of_file(batch_id, file)
+        yield from self._objects()
         if self._rows.outbox:
             yield Violation("left behind", "outbox", f"{self._rows.outbox} entries")
         if self._rows.running_elsewhere:
             yield Violation(
                 "left behind", "jobs", f"{self._rows.running_elsewhere} of earlier rounds"
             )
+
+    def _objects(self) -> Iterator[Violation]:
+        there = set(self._evidence.objects)
+        needed = self._ledger.pictures.versions.keys() | self._ledger.objects
+        written = {
+            name
+            for file in self._ledger.files.values()
+            for name in astuple(output_names(file.output_uri))
+        }
+        for name in there - needed - written:
+            yield Violation("left behind", name, "nobody needs it any more")
+        for name in needed - there:
+            yield Violation("lost", name, "was put into the store, and is not there")
+        for name in self._evidence.unfinished_uploads:
+            yield Violation("left behind", name, "parts of it are in the store")
 
     # --- a job -------------------------------------------------------------------------------
 
@@ -176,7 +109,7 @@ class _Check:
             yield Violation("left behind", job.id, "an ended job has a lease or is to be published")
         if asked.poison != (job.dead_at is not None):
             yield Violation("wrong end", job.id, "the poison jobs, and only they, are dead letters")
-        own_failures = 1 if job.status is S.FAILED else 0
+        own_failures = 1 if job.status is S.FAILED and not asked.wrong else 0
         if not asked.poison and job.failures != own_failures:
             yield Violation("blamed", job.id, f"{job.failures} failures that were not its own")
         if job.status is S.EXPIRED and not _is_late(job):
@@ -188,7 +121,7 @@ class _Check:
 
     def _ends(self, job: Job, asked: Asked) -> set[S]:
         """How it may end."""
-        if asked.poison:
+        if asked.poison or asked.wrong:
             return {S.FAILED}
         if asked.missing:
             return {S.FAILED} if job.error_code == ImageNotFound.code else set()
@@ -224,6 +157,8 @@ class _Check:
             if before[1] is not after[0]:
                 yield Violation("history", job.id, f"{before[1]} is followed by {after}")
         legal = LEGAL | (EXPIRY if asked.may_expire else set())
+        if asked.wrong:
+            legal = {(None, S.FAILED)}
         retries = self._ledger.retries[job.id]
         for step in steps:
             if step not in legal and not (retries and step == RETRY):
@@ -240,8 +175,11 @@ class _Check:
     def _answer(self, job: Job, asked: Asked) -> Iterator[Violation]:
         if asked.prompt not in str(job.request):
             yield Violation("wrong answer", job.id, "the request is not what was asked")
+        if not job.request:
+            yield Violation("wrong answer", job.id, "there is nothing that it was asked")
+            return
         text = (job.result or {}).get("text")
-        author = int((job.worker or "::0").split(":")[1] or 0)
+        author = self._author(job)
         if job.session_id in self._ledger.deleted:
             # What the engine was shown is deleted.
             if not str(text).endswith(f" by {author}"):
@@ -251,6 +189,15 @@ class _Check:
         expected = [answer_to(messages, each, author) for each in product(*pictures)]
         if text not in expected:
             yield Violation("wrong answer", job.id, f"{text!r} in place of {expected!r}")
+
+    def _author(self, job: Job) -> int:
+        """Process id of the worker whose answer it has."""
+        origin: Job | None = job
+        if (name := (job.result or {}).get("duplicate_of")) is not None:
+            items = [each for each in self._rows.jobs.values() if each.batch_id == job.batch_id]
+            origin = next((each for each in items if each.custom_id == name), None)
+        worker = None if origin is None else origin.worker
+        return int((worker or "::0").split(":")[1] or 0)
 
     def _shown(self, job: Job) -> tuple[list[types.Message], list[Sequence[str]]]:
         """What the engine must have been shown: the turns before, and this one; and of each picture
@@ -298,7 +245,7 @@ class _Check:
         if value is not None and value != view:
             yield Violation("told wrongly", job.id, "Redis says something else than the row")
 
-    # --- sessions and batches ----------------------------------------------------------------
+    # --- sessions ----------------------------------------------------------------
 
     def _session(self, session_id: str, accepted: Sequence[str]) -> Iterator[Violation]:
         jobs = [self._rows.jobs[id_] for id_ in accepted if id_ in self._rows.jobs]
@@ -337,35 +284,21 @@ class _Check:
             if said and said[0].content != [{"type": "text", "text": text}]:
                 yield Violation("out of order", session_id, f"turn {job.turn} is kept wrongly")
 
+    def _sessions_of_file(self, batch_id: str, file: AskedFile) -> Iterator[Violation]:
+        items = [job for job in self._rows.jobs.values() if job.batch_id == batch_id]
+        by_name = {job.custom_id: job for job in items}
+        seen: set[str | None] = set()
+        for chain in file.chains:
+            turns = [by_name[name] for name in chain if name in by_name]
+            ids = {job.session_id for job in turns}
+            if len(ids) != 1 or None in ids or ids & seen:
+                yield Violation("out of order", batch_id, f"{chain} are in the sessions {ids}")
+                continue
+            seen |= ids
+            yield from self._session(str(ids.pop()), [job.id for job in turns])
+
     def _messages(self, session_id: str) -> Sequence[Message]:
         return self._rows.messages.get(session_id, [])
-
-    def _batch(
-        self, batch_id: str, items: Mapping[str, Asked], asked: dict[str, Asked]
-    ) -> Iterator[Violation]:
-        batch = self._rows.batches.get(batch_id)
-        if batch is None:
-            yield Violation("lost", batch_id, "was accepted, and is not in the database")
-            return
-        rows = [job for job in self._rows.jobs.values() if job.batch_id == batch_id]
-        by_name = {job.custom_id: job for job in rows}
-        if len(rows) != len(items) or by_name.keys() != items.keys():
-            yield Violation("lost", batch_id, f"has {len(rows)} items of {len(items)}")
-        asked |= {by_name[name].id: items[name] for name in by_name.keys() & items.keys() if name}
-        counted = Counter(job.status for job in rows)
-        counters = {
-            S.SUCCEEDED: batch.succeeded,
-            S.FAILED: batch.failed,
-            S.CANCELLED: batch.cancelled,
-            S.EXPIRED: batch.expired,
-        }
-        if batch.total != len(items) or any(counted[s] != n for s, n in counters.items()):
-            yield Violation("counters", batch_id, f"says {counters}, the rows say {counted}")
-        ends = {BatchStatus.EXPIRED if counted[S.EXPIRED] else BatchStatus.COMPLETED}
-        if batch_id in self._ledger.cancelled:
-            ends.add(BatchStatus.CANCELLED)
-        if batch.status not in ends or batch.finished_at is None:
-            yield Violation("counters", batch_id, f"is {batch.status} at the end")
 
 
 def _is_late(job: Job) -> bool:

@@ -13,18 +13,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from tests.deployment import API_KEY
-from tests.faults.pictures import MISSING, Pictures, picture
+from tests.faults.ledger import Asked, Ledger
+from tests.faults.load_files import file_of
+from tests.faults.pictures import FILES, MISSING, Pictures, picture
 from visq import Client
 from visq.errors import NotFound, NotRetriable, Unavailable
 
 QUEUE: Final = "all"
 """The result queue of all jobs."""
 PATIENCE_SECONDS: Final = 120.0
+SECONDS_BETWEEN_FILES: Final = 2.0
 
 T = TypeVar("T")
 
@@ -42,6 +45,10 @@ class Amounts:
     items: int = 125
     doomed: int = 20
     """Items of one more batch, which is cancelled."""
+    files: int = 2
+    """More batches, whose items are lines of a file; as long as the trickle runs, another one each
+    two seconds, for who strikes late."""
+    lines: int = 60
     cancels: int = 6
     """Of `jobs`: how many are cancelled a moment later,"""
     expiring: int = 6
@@ -64,46 +71,8 @@ class Amounts:
     def total(self) -> int:
         """Without the trickle."""
         turns = (self.sessions + self.deleted) * self.turns
-        return self.jobs + turns + self.batches * self.items + self.doomed
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a job was asked."""
-
-    prompt: str
-    pictures: tuple[str, ...] = ()
-    """Their names, ``s3://``."""
-    poison: bool = False
-    missing: bool = False
-    """It has a picture that does not exist."""
-    may_be_cancelled: bool = False
-    may_expire: bool = False
-
-
-@dataclass
-class Ledger:
-    """All that was accepted in one round. Filled by many threads."""
-
-    jobs: dict[str, Asked] = field(default_factory=dict)
-    """By job id: single jobs and turns."""
-    turns: dict[str, list[str]] = field(default_factory=dict)
-    """By session id: the job ids of its turns, in the order in which they were accepted."""
-    deleted: set[str] = field(default_factory=set)
-    """Of the sessions."""
-    batches: dict[str, dict[str, Asked]] = field(default_factory=dict)
-    """By batch id: its items by ``custom_id``."""
-    cancelled: set[str] = field(default_factory=set)
-    """Of the batches."""
-    retries: Counter[str] = field(default_factory=Counter)
-    """By job id: how often it was asked to be retried, answered or not."""
-    pictures: Pictures = field(default_factory=Pictures)
-    problems: list[str] = field(default_factory=list)
-    """What a client met that it must not meet."""
-
-    @property
-    def total(self) -> int:
-        return len(self.jobs) + sum(len(items) for items in self.batches.values())
+        items = self.batches * self.items + self.doomed + self.files * self.lines
+        return self.jobs + turns + items
 
 
 class Load:
@@ -115,14 +84,19 @@ class Load:
         seed: int,
         amounts: Amounts,
         pictures: Pictures,
+        put: Callable[[str, bytes], None],
         *,
         poison: Sequence[str] = (),
     ) -> None:
-        """:param poison: prompts of `played_engine` that kill: each is a job and a batch's item."""
+        """
+        :param put: puts a file into the store, by its name.
+        :param poison: prompts of `played_engine` that kill: each is a job and a batch's item.
+        """
         self.ledger = Ledger(pictures=pictures)
         self._urls = urls
         self._amounts = amounts
         self._seed = seed
+        self._put = put
         self._poison = poison
         self._names = list(pictures.names)
         self._over = threading.Event()
@@ -130,6 +104,7 @@ class Load:
             *(lambda chance, part=part: self._some_jobs(chance, part) for part in range(2)),
             *(lambda chance, part=part: self._some_sessions(chance, part) for part in range(2)),
             self._some_batches,
+            self._some_files,
             self._some_that_end_badly,
             self._trickle,
         ]
@@ -247,6 +222,35 @@ class Load:
         )
         self.ledger.batches[batch.id] = items
         return batch.id
+
+    def _some_files(self, chance: random.Random) -> None:
+        """Batches from files."""
+        number = 0
+        with _Clients(self._urls, chance) as clients:
+            while number < self._amounts.files or not self._over.is_set():
+                if number < self._amounts.files:
+                    self._pause(chance, self._amounts.files)
+                elif not self._amounts.trickle or self._over.wait(SECONDS_BETWEEN_FILES):
+                    return
+                name = f"s3://{FILES}/{uuid4().hex[:12]}"
+                data, file = file_of(
+                    chance, name, self._amounts.lines, self._asked, self._amounts.steps
+                )
+                self._put(file.input_uri, data)
+                self.ledger.objects.add(file.input_uri)
+                options: dict[str, Any] = {
+                    "input_uri": file.input_uri,
+                    "output_uri": file.output_uri,
+                    "dedupe": True,
+                    "result_queue": QUEUE,
+                }
+                batch = clients.patiently(
+                    lambda client, key, options=options: client.batches.submit(
+                        **options, idempotency_key=key
+                    )
+                )
+                self.ledger.files[batch.id] = file
+                number += 1
 
     def _some_that_end_badly(self, chance: random.Random) -> None:
         """Jobs that fail, and fail again when they are retried."""

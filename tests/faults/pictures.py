@@ -1,4 +1,4 @@
-"""The pictures that the jobs of the rounds use, and what becomes of them in the store."""
+"""The pictures and files that the jobs of the rounds use, and what becomes of them in the store."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, Final
 from PIL import Image
 
 BUCKET: Final = "pictures"
+FILES: Final = "batches"
+"""The bucket of what batches read and write."""
 COUNT: Final = 12
 MISSING: Final = f"s3://{BUCKET}/there-is-none.png"
 
@@ -68,8 +70,27 @@ class Gallery:
         for name in self.pictures.gone:
             self._client.put_object(Bucket=BUCKET, Key=_key(name), Body=self._files[name])
 
+    def put_file(self, name: str, data: bytes) -> None:
+        """The input of a batch."""
+        self._client.put_object(Bucket=FILES, Key=_key(name), Body=data)
+
+    def files(self) -> dict[str, bytes]:
+        """What batches have read and written in this round, by name."""
+        listed = self._client.list_objects_v2(Bucket=FILES).get("Contents", [])
+        return {
+            f"s3://{FILES}/{key}": self._client.get_object(Bucket=FILES, Key=key)["Body"].read()
+            for key in (each["Key"] for each in listed)
+        }
+
+    def unfinished_uploads(self) -> list[str]:
+        """Names of objects of which there are parts only."""
+        listed = self._client.list_multipart_uploads(Bucket=FILES).get("Uploads", [])
+        return [f"s3://{FILES}/{each['Key']}" for each in listed]
+
     def begin_round(self) -> None:
         """What they were in earlier rounds is over."""
+        for name in self.files():
+            self._client.delete_object(Bucket=FILES, Key=_key(name))
         self.pictures.gone.clear()
         for name, versions in self.pictures.versions.items():
             self.pictures.versions[name] = versions[-1:]

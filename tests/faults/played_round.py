@@ -5,23 +5,34 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from sqlalchemy import text
 
 from migrations import run as migrations
-from models import batches, jobs, outbox, reading, submit
+from models import batch_holds, batches, jobs, outbox, reading, submit
+from models.batch_holds import place_of
+from models.batch_items import ImageOrder
 from models.database import Database
+from models.outbox import OutboxEntry
 from models.outcomes import Failed, Succeeded, Transition, Work
-from tests.faults.checker import Evidence, Rows, check
-from tests.faults.load import Asked, Ledger
-from tests.faults.pictures import Pictures
+from tests.faults.checker import check
+from tests.faults.evidence import Evidence, Rows
+from tests.faults.ledger import Asked, AskedFile, Ledger
+from tests.faults.load_files import file_of
+from tests.faults.pictures import FILES, Pictures
 from tests.faults.played_engine import KILLS_ENGINE, answer_to
 from tests.waiting import until
+from visq.batch_files import output_names
 from visq.errors import EngineCrashed, ImageNotFound
+from visq.objects import ObjectStore, open_store, parse_uri
+from visq.settings import Settings
 from visq.types import BatchRequest, ImagePart, JobRequest, JobResult, Message, Usage
+from worker.queue.batch_reading import BatchReader
+from worker.queue.batch_writing import BatchWriter
 
 PICTURE = "s3://pictures/1.png"
 WORKER_PID = 4711
@@ -47,6 +58,10 @@ class Played:
     gone: str
     """The session that was deleted."""
     gone_turns: list[str]
+    file: AskedFile
+    """The batch from a file,"""
+    lines: list[str]
+    """and its items, by position."""
 
     def kinds(self) -> set[str]:
         """Of the violations that the checker finds now."""
@@ -58,8 +73,9 @@ class Played:
 
 
 class _Player:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, store: ObjectStore) -> None:
         self._database = database
+        self._store = store
         self._tenant = database.run(reading.ensure_tenants, ["acme"])["acme"]
         self.ledger = Ledger(pictures=Pictures({PICTURE: ["ab" * 32]}, names=[PICTURE]))
         self.evidence = Evidence(values={}, objects=[PICTURE])
@@ -73,6 +89,46 @@ class _Player:
         if job.session_id is not None:
             self.ledger.turns.setdefault(job.session_id, []).append(job.id)
         return job.id
+
+    def ask_file(self, file: AskedFile, data: bytes, settings: Settings) -> list[str]:
+        """A batch from a file, which is read."""
+        self._store.put(parse_uri(file.input_uri), data, "application/jsonl")
+        self.ledger.objects.add(file.input_uri)
+        request = BatchRequest(
+            input_uri=file.input_uri, output_uri=file.output_uri, dedupe=True, result_queue="all"
+        )
+        batch = self._database.run(submit.submit_batch, self._tenant, request, max_attempts=1).batch
+        self.ledger.files[batch.id] = file
+        hold = self._database.run(batch_holds.take, seconds=30.0)
+        assert hold is not None
+        reader = BatchReader(settings, self._database, self._store, lambda: None)
+        for chunk in reader.chunks(hold.batch, hold.tenant, place_of(hold.batch)):
+            events = self._database.run(
+                batch_holds.add_chunk,
+                hold,
+                chunk.items,
+                ImageOrder(),
+                place=chunk.place,
+                is_last=chunk.is_last,
+                seconds=30.0,
+            )
+            self._tell_events(events)
+        rows = self._database.read(reading.list_jobs, batch_id=batch.id, limit=100)
+        return [job.id for job in sorted(rows, key=lambda job: job.position or 0)]
+
+    def write_output(self, settings: Settings) -> None:
+        """Of the batch whose items have all ended."""
+        hold = self._database.run(batch_holds.take, seconds=30.0)
+        assert hold is not None
+        writer = BatchWriter(settings, self._database, self._store)
+        written = writer.write(hold.batch, hold.tenant, lambda: None)
+        self._tell_events(self._database.run(batch_holds.close, hold, *written))
+        file = self.ledger.files[hold.batch.id]
+        names = [file.input_uri, *astuple(output_names(file.output_uri))]
+        for name in names:
+            with self._store.open(parse_uri(name)) as read:
+                self.evidence.files[name] = read.read()
+        self.evidence.objects += names
 
     def ask_batch(self, items: dict[str, Asked]) -> list[str]:
         request = BatchRequest.model_validate(
@@ -109,6 +165,9 @@ class _Player:
 
     def run(self, job_id: str) -> None:
         work = self._claim(job_id)
+        if (found := self._answered_before(work)) is not None:
+            self._finish(work, Succeeded(found, []))
+            return
         history = [remembered.message for remembered in work.history]
         request = work.prompt.as_messages()
         shown = [
@@ -121,6 +180,13 @@ class _Player:
         result = JobResult(text=answer, finish_reason="stop", usage=Usage(), model="played")
         end = Succeeded(result, [*request, Message(role="assistant", content=answer)])
         self._finish(work, end)
+
+    def _answered_before(self, work: Work) -> JobResult | None:
+        if work.batch_id is None or work.dedupe_key is None:
+            return None
+        return self._database.read(
+            reading.answered_before, work.batch_id, work.dedupe_key, work.claim.job_id
+        )
 
     def die(self, job_id: str) -> None:
         """As a poison does, until it is a dead letter."""
@@ -140,11 +206,14 @@ class _Player:
         self._tell(transition)
 
     def _tell(self, *transitions: Transition) -> None:
-        for event in (event for each in transitions for event in each.events):
-            job_id = event.payload["data"]["id"]
-            self.evidence.events[job_id].append(json.loads(json.dumps(event.payload)))
-            values: Any = self.evidence.values
-            values[job_id] = copy.deepcopy(event.payload["data"])
+        self._tell_events([event for each in transitions for event in each.events])
+
+    def _tell_events(self, events: Sequence[OutboxEntry]) -> None:
+        for event in events:
+            about = event.payload["data"]["id"]
+            self.evidence.events[about].append(json.loads(json.dumps(event.payload)))
+            if event.kind == "result":
+                self.evidence.values[about] = copy.deepcopy(event.payload["data"])
             self._database.run(outbox.done, [event.id])
 
 
@@ -152,7 +221,9 @@ def play(path: Path) -> Played:
     """Play a round in the SQLite file `path`; its database is closed."""
     migrations.upgrade(f"sqlite:///{path}")
     database = Database(f"sqlite:///{path}")
-    player = _Player(database)
+    settings = Settings(data=path.parent / "data", object_store=f"file://{path.parent}/objects")
+    store = open_store(settings)
+    player = _Player(database, store)
     single = player.ask(Asked("one", (PICTURE,)))
     first = player.ask(Asked("turn 1", (PICTURE,)), session={})
     session_id = database.read(jobs.get, first).session_id
@@ -179,6 +250,13 @@ def play(path: Path) -> Played:
     gone_turns.append(player.ask(Asked("gone 2", may_be_cancelled=True), session_id=gone))
     player.run(gone_turns[0])
     player.delete_session(gone)
+    data, file = file_of(Random(1), f"s3://{FILES}/a", 30, lambda _, words: Asked(words), 4)
+    lines = player.ask_file(file, data, settings)
+    for job_id, line in zip(lines, file.lines, strict=True):
+        if not line.asked.wrong:
+            player.run(job_id)
+    player.write_output(settings)
+    store.close()
     database.close()  # all of it is in the one file now
     return Played(
         database,
@@ -193,4 +271,6 @@ def play(path: Path) -> Played:
         retried,
         gone,
         gone_turns,
+        file,
+        lines,
     )

@@ -1,8 +1,9 @@
 """A process of visq that a test can break: ``python -m tests.faults.process NAME (api | worker)``.
 
-It is the real one, but for three things: a worker's engine is `PlayedEngine`; it dies, ends or
-stops at a point of `visq.points` when a file tells it to (`arm`); and the environment may ask for a
-clock that is off (`tests.faults.clock`) or for a promise to be broken (``FAULT_MUTATION``).
+It is the real one, but for four things: a worker's engine is `PlayedEngine`; batches are read and
+written in small parts (`work_in_small_parts`); it dies, ends or stops at a point of `visq.points`
+when a file tells it to (`arm`); and the environment may ask for a clock that is off
+(`tests.faults.clock`) or for a promise to be broken (``FAULT_MUTATION``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from visq.points import Point
 from visq.settings import Settings
 from worker.engine import child, process
 from worker.engine.config import EngineConfig
+from worker.queue import batch_loop, batch_reading, batch_writing
 
 CONTROL = "FAULT_CONTROL"
 """Names the folder with the files that arm processes, and with the ids of engines' processes."""
@@ -75,6 +77,19 @@ class _Trap:
                 os.kill(os.getpid(), _SIGNALS[deed])
 
 
+def work_in_small_parts() -> None:
+    """So that a small file has many of them, and another process takes over soon."""
+    constants: dict[ModuleType, dict[str, Any]] = {
+        batch_loop: {"HOLD_SECONDS": 3.0},
+        batch_reading: {"CHUNK": 16},
+        batch_writing: {"PAGE": 16},
+    }
+    for module, values in constants.items():
+        for constant, value in values.items():
+            assert hasattr(module, constant)
+            setattr(module, constant, value)
+
+
 def play(connection: Connection[Any, Any], config: EngineConfig, owner: int) -> None:
     """The engine's process. The module that would load torch is not imported."""
     Path(os.environ[CONTROL], f"{os.environ[NAME]}.engine").write_text(str(os.getpid()))
@@ -89,6 +104,7 @@ def main() -> None:
     os.environ[NAME] = name
     if "FAULT_MUTATION" in os.environ:
         mutations.MUTATIONS[os.environ["FAULT_MUTATION"]]()
+    work_in_small_parts()
     points.listen(_Trap(Path(os.environ[CONTROL]) / name))
     if command == "api":
         from api.main import serve

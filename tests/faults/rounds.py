@@ -34,10 +34,11 @@ import redis
 import structlog
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
-from sqlalchemy import func, select
+from sqlalchemy import func, literal, select
 
-from models.tables import Job, JobEvent, Outbox
-from tests.faults.checker import Evidence, Rows, Violation, check
+from models.tables import Batch, Job, JobEvent, Outbox
+from tests.faults.checker import check
+from tests.faults.evidence import Evidence, Rows, Violation
 from tests.faults.load import QUEUE, Amounts, Load
 from tests.faults.scenarios import Scenario, fitting_scenarios
 from tests.faults.system import BrokerKind, DatabaseKind, System
@@ -96,8 +97,8 @@ class Collector:
         )
 
     def _take(self, event: Event) -> None:
-        data = event.job.model_dump(mode="json")
-        self.events[event.job.id].append({"id": event.id, "data": data})
+        data = event.data.model_dump(mode="json")
+        self.events[event.data.id].append({"id": event.id, "data": data})
 
     def close(self) -> None:
         self._stop.set()
@@ -145,7 +146,8 @@ class Arena:
         system.gallery.begin_round()
         pictures = system.gallery.pictures
         begun = time.monotonic()
-        load = Load(system.urls, seed, amounts, pictures, poison=scenario.poison)
+        put = system.gallery.put_file
+        load = Load(system.urls, seed, amounts, pictures, put, poison=scenario.poison)
         load.start()
         self._let_it_run(after, round(amounts.total * chance.uniform(0.02, 0.5)))
         struck, did = scenario.run(system, chance)
@@ -159,9 +161,11 @@ class Arena:
         keys = list(rows.jobs)
         values = self.redis.mget([job_key(id_) for id_ in keys]) if keys else []
         evidence = Evidence(
-            {id_: self.collector.events.pop(id_, []) for id_ in keys},
+            {id_: self.collector.events.pop(id_, []) for id_ in [*keys, *rows.batches]},
             {k: json.loads(v) for k, v in zip(keys, values, strict=True) if v is not None},
-            objects=self.system.objects(),
+            objects=system.objects(),
+            files=system.gallery.files(),
+            unfinished_uploads=system.gallery.unfinished_uploads(),
             lost_before=lost,
             events_in_redis=system.broker == "redis",
         )
@@ -193,8 +197,12 @@ class Arena:
         self.system.wait_for(under_way, START_SECONDS)
 
     def unfinished(self, after: str) -> int:
-        unfinished = select(func.count()).where(Job.id > after, Job.status.not_in(TERMINAL))
-        return self.system.ask(lambda session: session.scalar(unfinished)) or 0
+        """Jobs and batches; of a batch from a file, no job may be there yet."""
+        jobs = select(func.count()).where(Job.id > after, Job.status.not_in(TERMINAL))
+        batches = select(func.count()).where(
+            Batch.id > _batches_after(after), Batch.finished_at.is_(None)
+        )
+        return self.system.ask(lambda s: (s.scalar(jobs) or 0) + (s.scalar(batches) or 0))
 
     def _told(self, after: str, lost: datetime | None) -> bool:
         """Whether the outbox is empty and the events of all ends have come."""
@@ -206,11 +214,20 @@ class Arena:
             .where(JobEvent.job_id > after, JobEvent.to_status.in_(TERMINAL))
             .group_by(JobEvent.job_id)
         )
+        batches = select(Batch.id, literal(1)).where(
+            Batch.id > _batches_after(after), Batch.result_queue.is_not(None)
+        )
         if lost is not None and self.system.broker == "redis":
             ends = ends.where(JobEvent.at > lost)
-        wanted = self.system.ask(lambda session: session.execute(ends).all())
+            batches = batches.where(Batch.finished_at > lost)
+        wanted = self.system.ask(lambda s: [*s.execute(ends).all(), *s.execute(batches).all()])
         events = self.collector.events
         return all(len({e["id"] for e in events.get(id_, ())}) >= count for id_, count in wanted)
+
+
+def _batches_after(job_id: str) -> str:
+    """Ids begin with the time: those of the batches that came after the job are greater."""
+    return job_id.replace("job_", "bat_")
 
 
 SHARES: Final[Mapping[tuple[DatabaseKind, BrokerKind], float]] = {

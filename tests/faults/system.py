@@ -29,7 +29,7 @@ from models.tables import Job, JobEvent
 from tests.deployment import API_KEY
 from tests.faults import process
 from tests.faults.disk import SmallDisk
-from tests.faults.pictures import BUCKET, Gallery
+from tests.faults.pictures import BUCKET, FILES, Gallery
 from tests.faults.process_handle import Process
 from tests.faults.proxy import Proxy, url_through
 from tests.faults.store import LyingStore
@@ -125,6 +125,7 @@ class System:
             self._running.callback(self.disk.remove)
         self._running.callback(self._end_processes)
         self.s3.create_bucket(BUCKET)
+        self.s3.create_bucket(FILES)
         self.gallery = Gallery(self.s3.client())
         self.store = self._running.enter_context(LyingStore(self.s3))
         self.database_proxy, self.redis_proxy, self.broker_proxy = (

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from models import jobs
-from models.database import Database
-from tests.faults.checker import Evidence, Rows, check
-from tests.faults.load import Asked, Ledger
-from tests.faults.played_round import PICTURE, Played, play
+from tests.faults.checker import check
+from tests.faults.evidence import Evidence, Rows
+from tests.faults.ledger import Asked, Ledger
+from tests.faults.played_round import PICTURE, Played
 from visq.types import JobStatus
-
-
-@pytest.fixture(scope="module")
-def played_database(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Played]:
-    path = tmp_path_factory.mktemp("played") / "visq.db"
-    return path, play(path)
-
-
-@pytest.fixture
-def played(played_database: tuple[Path, Played], tmp_path: Path) -> Iterator[Played]:
-    """A copy that a test may spoil."""
-    path, origin = played_database
-    database = Database(f"sqlite:///{tmp_path / 'visq.db'}")
-    (tmp_path / "visq.db").write_bytes(path.read_bytes())
-    yield replace(
-        origin,
-        database=database,
-        ledger=copy.deepcopy(origin.ledger),
-        evidence=copy.deepcopy(origin.evidence),
-    )
-    database.close()
 
 
 def test_a_round_in_which_nothing_went_wrong_has_no_violation(played: Played) -> None:
@@ -51,6 +27,7 @@ def job_is_gone(played: Played) -> None:
 
 
 def item_is_gone(played: Played) -> None:
+    played.sql("DELETE FROM batch_ends WHERE job_id = :id", id=played.items[0])
     played.sql("DELETE FROM job_events WHERE job_id = :id", id=played.items[0])
     played.sql("DELETE FROM jobs WHERE id = :id", id=played.items[0])
 
@@ -382,7 +359,7 @@ def test_a_job_may_miss_a_picture_only_if_it_was_deleted(played: Played) -> None
 
 
 def test_jobs_of_earlier_rounds_that_have_not_ended_are_found(played: Played) -> None:
-    newest = max(played.ledger.jobs)
+    newest = max([*played.ledger.jobs, *played.lines])
 
     def kinds() -> set[str]:
         rows = played.database.read(lambda session: Rows.read(session.connection(), newest))

@@ -18,7 +18,9 @@ from tests.faults.scenarios import SCENARIOS, fitting_scenarios
 from tests.faults.system import BrokerKind, DatabaseKind, System
 from tests.servers import RabbitMQ
 
-SHORT = Amounts(jobs=40, sessions=4, turns=4, deleted=1, batches=1, items=60, seconds=2.0)
+SHORT = Amounts(
+    jobs=40, sessions=4, turns=4, deleted=1, batches=1, items=60, files=1, lines=40, seconds=2.0
+)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 pytestmark = pytest.mark.timeout(400)
@@ -96,6 +98,8 @@ def check(arena: Arena, name: str) -> None:
         "a worker stands still past its lease",
         "kill -9 of workers at run.ended",
         "kill -9 of APIs at submit.accepted",
+        "kill -9 of APIs at batch.chunk_added",
+        "kill -9 of workers at batch.output_written",
         "Redis killed, data lost",
         "messages dropped",
         "commits cut off",
