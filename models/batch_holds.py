@@ -9,11 +9,12 @@ are committed together: a reader that takes over goes on there, and adds none tw
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, bindparam, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from models import batches
@@ -73,9 +74,10 @@ _TO_DO: Final = and_(
         Batch.status == BatchStatus.FINALIZING,
     ),
 )
+_TENANTS: Final = select(Batch.tenant_id).where(_TO_DO).distinct()
 _NEXT: Final = (
     select(Batch)
-    .where(_TO_DO)
+    .where(_TO_DO, Batch.tenant_id == bindparam("tenant_id"))
     .order_by(Batch.held_until.asc().nulls_first(), Batch.id)
     .limit(1)
     .with_for_update(skip_locked=True)
@@ -85,9 +87,17 @@ _NEXT: Final = (
 
 def take(session: Session, *, seconds: float) -> Hold | None:
     """Hold the batch that has waited longest for its input to be read, or its output to be
-    written; ``None``: there is none."""
-    batch = session.scalars(_NEXT).one_or_none()
-    if batch is None:
+    written; ``None``: there is none.
+
+    Of a tenant that is drawn by lot: ten thousand batches of one delay no other.
+    """
+    tenant_ids = list(session.scalars(_TENANTS))
+    random.shuffle(tenant_ids)
+    for tenant_id in tenant_ids:
+        batch = session.scalars(_NEXT, {"tenant_id": tenant_id}).one_or_none()
+        if batch is not None:
+            break
+    else:
         return None
     batch.hold += 1
     batch.held_until = db_now(seconds)
@@ -156,7 +166,7 @@ def add_chunk(
         held_until=None if is_last else db_now(seconds),
         hold_failures=0,
         status=BatchStatus.IN_PROGRESS,
-        in_progress_at=db_now() if batch.in_progress_at is None else Batch.in_progress_at,
+        in_progress_at=func.coalesce(Batch.in_progress_at, db_now()),
     )
     events = [] if rows is None else rows.count_failed()
     return events + (_end_if_over(session, batch.id) if is_last and not events else [])
@@ -171,8 +181,10 @@ def fail(session: Session, hold: Hold, error: VisqError) -> list[OutboxEntry]:
     as_tenant(session, hold.batch.tenant_id)
     said = {"code": error.code, "message": error.message, "param": error.param, "line": None}
     if not hold.reads:
-        _update(session, hold, Batch.status == BatchStatus.FINALIZING, errors=[said])
-        return batches.close(session, _locked(session, hold.batch.id))
+        _update(session, hold, Batch.status == BatchStatus.FINALIZING, held_until=None)
+        batch = _locked(session, hold.batch.id)
+        batch.errors = [*(batch.errors or ()), said | {"param": batches.OUTPUT}]
+        return batches.close(session, batch)
     _update(session, hold, held_until=None)
     batches.stop(session, hold.batch.id, [said])
     return _end_if_over(session, hold.batch.id)
@@ -227,7 +239,7 @@ def _locked(session: Session, batch_id: str) -> Batch:
     return session.scalars(
         select(Batch)
         .where(Batch.id == batch_id)
-        .with_for_update()
+        .with_for_update(key_share=True)
         .execution_options(populate_existing=True)
     ).one()
 

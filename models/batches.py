@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import bindparam, func, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from models import outbox
 from models.database import db_now, fetch
@@ -97,9 +97,14 @@ def count_ends(session: Session, batch_id: str, ended: Sequence[Job]) -> list[Ou
     return []
 
 
+ITEM_FAILED: Final = "item_failed"
+OUTPUT: Final = "output"
+"""`param` of an error: the output could not be written."""
+
+
 def _item_failed(job: Job) -> dict[str, Any]:
     return {
-        "code": "item_failed",
+        "code": ITEM_FAILED,
         "message": f"item {job.custom_id!r} failed ({job.error_code}), and `on_item_error` is "
         "`stop`",
         "param": job.custom_id,
@@ -162,21 +167,26 @@ def uncount_failed(session: Session, batch_id: str) -> bool:
 
     False if the batch is being cancelled: then nothing of it may start.
     """
-    reopened = session.scalars(
-        update(Batch)
+    batch = session.scalars(
+        select(Batch)
         .where(Batch.id == batch_id, Batch.status != BatchStatus.CANCELLING)
-        .values(
-            failed=Batch.failed - 1,
-            status=BatchStatus.IN_PROGRESS,
-            finalizing_at=None,
-            finished_at=None,
-            cancelling_at=None,
-            errors=None,
-        )
-        .returning(Batch.id),
-        execution_options={"synchronize_session": False},
-    )
-    return reopened.one_or_none() is not None
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    if batch is None:
+        return False
+    batch.failed -= 1
+    batch.status = BatchStatus.IN_PROGRESS
+    batch.finalizing_at = batch.finished_at = batch.cancelling_at = None
+    # An input that was not read to its end is still not; the rest is tried again.
+    kept = [error for error in batch.errors or () if not _is_tried_again(error)]
+    batch.errors = kept or None
+    session.flush()
+    return True
+
+
+def _is_tried_again(error: dict[str, Any]) -> bool:
+    return bool(error["code"] == ITEM_FAILED or error["param"] == OUTPUT)
 
 
 # --- cancellation ----------------------------------------------------------------------------
@@ -250,13 +260,19 @@ def _fresh(session: Session, batch_id: str) -> Batch:
 def ended_items(
     session: Session, batch_id: str, *, after_number: int, limit: int
 ) -> list[tuple[int, Job]]:
-    """Items in the order in which they ended, with the numbers of those ends."""
+    """Items in the order in which they ended, with the numbers of those ends. One that is being
+    retried has not ended: it comes again, with a higher number. (Without their requests.)"""
     rows = session.execute(
         select(BatchEnd.number, Job)
         .join(Job, Job.id == BatchEnd.job_id)
-        .where(BatchEnd.batch_id == batch_id, BatchEnd.number > after_number)
+        .where(
+            BatchEnd.batch_id == batch_id,
+            BatchEnd.number > after_number,
+            Job.finished_at.is_not(None),
+        )
         .order_by(BatchEnd.number)
         .limit(limit)
+        .options(defer(Job.request, raiseload=True))
     )
     return [(number, job) for number, job in rows]
 

@@ -171,6 +171,7 @@ def _create_batch(
     items = [NewItem(position, item) for position, item in enumerate(request.items or ())]
     if items:
         add_items(session, batch, items, ImageOrder()).count_failed()
+        session.refresh(batch)  # some may have failed, and have stopped or ended it
     return batch
 
 

@@ -129,6 +129,22 @@ def upgrade() -> None:
         postgresql_where=condition,
     )
 
+    _keep_what_was()
+
+
+def _keep_what_was() -> None:
+    """Batches that are there: as what those being cancelled end, and which items have ended."""
+    op.execute("UPDATE batches SET cancelling_at = CURRENT_TIMESTAMP WHERE status = 'cancelling'")
+    op.execute(
+        "INSERT INTO batch_ends (batch_id, number, job_id) "
+        "SELECT batch_id, ROW_NUMBER() OVER (PARTITION BY batch_id ORDER BY finished_at, id), id "
+        "FROM jobs WHERE batch_id IS NOT NULL AND finished_at IS NOT NULL"
+    )
+    op.execute(
+        "UPDATE batches SET ends = "
+        "(SELECT COUNT(*) FROM batch_ends WHERE batch_ends.batch_id = batches.id)"
+    )
+
 
 def downgrade() -> None:
     op.drop_table("files")

@@ -7,10 +7,10 @@ from alembic import command
 from sqlalchemy import inspect, text
 
 from migrations import run as migrations
-from models import revision, sessions
+from models import batches, jobs, revision, sessions
 from models.database import Database
 from visq.errors import ConfigurationError
-from visq.types import TextPart
+from visq.types import BatchStatus, TextPart
 
 NOW = "'2026-01-05 09:30:00'"
 PICTURE = '{"type": "image_url", "image_url": {"url": "s3://photos/a.png"}}'
@@ -71,4 +71,45 @@ def test_a_database_without_tables_is_refused_with_what_to_do(database_url: str)
         database.read(revision.check)
     migrations.upgrade(database_url)
     database.read(revision.check)
+    database.close()
+
+
+def test_batches_of_before_they_came_from_files_go_on_and_end_as_they_would(
+    database_url: str,
+) -> None:
+    """One that has ended, and one that is being cancelled, whose last item is still to end."""
+    migrations.upgrade(database_url, "0003")
+    database = Database(database_url)
+    with database.engine.begin() as connection:
+        connection.execute(text(A_TURN_OF_0001[0]))
+        for batch_id, status, ended, finished in (
+            ("bat_1", "completed", 2, NOW),
+            ("bat_2", "cancelling", 1, "NULL"),
+        ):
+            connection.execute(
+                text(
+                    "INSERT INTO batches (id, tenant_id, status, lane, total, succeeded, failed, "
+                    "cancelled, expired, metadata, created_at, finished_at) VALUES "
+                    f"('{batch_id}', 'ten_1', '{status}', 'batch', 2, {ended}, 0, 0, 0, '{{}}', "
+                    f"{NOW}, {finished})"
+                )
+            )
+            for position in (0, 1):
+                status, finished = ("succeeded", NOW) if position < ended else ("queued", "NULL")
+                connection.execute(
+                    text(
+                        "INSERT INTO jobs (id, tenant_id, kind, status, lane, batch_id, custom_id, "
+                        "position, request, metadata, attempt, failures, max_attempts, publishes, "
+                        f"created_at, finished_at) VALUES ('{batch_id}_{position}', 'ten_1', "
+                        f"'generate', '{status}', 'batch', '{batch_id}', '{position}', {position}, "
+                        f"'{{}}', '{{}}', 0, 0, 3, 0, {NOW}, {finished})"
+                    )
+                )
+    migrations.upgrade(database_url)
+    ended = database.read(batches.ended_items, "bat_1", after_number=0, limit=10)
+    assert [(number, job.id) for number, job in ended] == [(1, "bat_1_0"), (2, "bat_1_1")]
+    database.run(jobs.cancel, "bat_2_1")
+    assert database.read(batches.get, "bat_2").status is BatchStatus.CANCELLED
+    ended = database.read(batches.ended_items, "bat_2", after_number=0, limit=10)
+    assert [number for number, _ in ended] == [1, 2]
     database.close()

@@ -206,6 +206,10 @@ class FolderStore:
             yield
         except PermissionError:
             raise ObjectForbidden(f"{ref} may not be written by this process") from None
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            raise ObjectForbidden(
+                f"{ref} cannot be written: in a folder, a key cannot also be the folder of another"
+            ) from None
         except OSError as error:
             raise Unavailable(f"{ref} could not be written ({os_error_name(error)})") from error
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import os
 
 import pytest
 
-from models import batch_holds, batches, jobs
+from models import batch_holds, batches, jobs, submit
 from tests.models.conftest import PERMANENT
 from tests.worker.queue.conftest import Files, jsonl, let_holds_run_out
-from visq.errors import Unavailable
-from visq.types import BatchStatus
+from visq import points
+from visq.errors import ObjectForbidden, Unavailable
+from visq.types import BatchRequest, BatchStatus
 from visq.types import JobStatus as S
 from worker.queue import BatchLoop
 from worker.queue.batch_loop import UNEXPECTED_TRIES
@@ -149,3 +151,146 @@ def test_an_output_that_the_store_never_takes_is_given_up_after_a_day(
         assert loop.round()
         files.world.database.run(let_holds_run_out)
     assert files.batch(batch_id).status is BatchStatus.FAILED
+
+
+def test_a_batch_whose_input_broke_off_is_not_complete_because_an_item_was_retried(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 1)
+    noise = b"".join(
+        b'{"custom_id": "%d", "prompt": "%s"}\n' % (n, os.urandom(50_000).hex().encode())
+        for n in range(4)
+    )
+    files.put("s3://work/in.jsonl", gzip.compress(noise)[:-60_000])
+    batch_id = files.submit(output_uri=None)
+    loop = files.loop()
+    failed: list[str] = []
+
+    def fail_one(reached: str) -> None:
+        if reached == "batch.chunk_added" and not failed:
+            [item] = files.items(batch_id)
+            failed.append(item.id)
+            files.world.finish(files.world.claimed(item.id), PERMANENT)
+
+    points.listen(fail_one)
+    try:
+        loop.round()
+    finally:
+        points.listen(None)
+    _cancel_all(files)
+    assert files.batch(batch_id).status is BatchStatus.FAILED
+    files.world.database.run(jobs.retry, failed[0])
+    files.world.succeed(failed[0])
+    batch = files.batch(batch_id)
+    assert batch.status is BatchStatus.FAILED
+    assert batch.errors is not None
+    assert batch.errors[0]["code"] == "batch_input_invalid"
+
+
+def test_an_output_that_failed_says_so_beside_what_was_wrong_before_and_a_retry_writes_it(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ObjectForbidden("the store refuses s3://work/out.jsonl")
+
+    monkeypatch.setattr("worker.queue.batch_writing.BatchWriter.write", refuse)
+    files.put("s3://work/in.jsonl", jsonl(1))
+    batch_id = files.submit(on_item_error="stop")
+    files.run()
+    [item] = files.items(batch_id)
+    files.world.finish(files.world.claimed(item.id), PERMANENT)
+    files.run()
+    errors = files.batch(batch_id).errors
+    assert errors is not None
+    assert [error["code"] for error in errors] == ["item_failed", "object_forbidden"]
+
+    monkeypatch.undo()
+    files.world.database.run(jobs.retry, item.id)
+    files.world.succeed(item.id)
+    files.run()
+    assert files.batch(batch_id).status is BatchStatus.COMPLETED
+
+
+def test_an_item_that_is_retried_has_not_ended(files: Files) -> None:
+    files.put("s3://work/in.jsonl", jsonl(1))
+    batch_id = files.submit(output_uri=None)
+    files.run()
+    [item] = files.items(batch_id)
+    files.world.finish(files.world.claimed(item.id), PERMANENT)
+
+    def ended() -> list[int]:
+        found = files.world.database.read(batches.ended_items, batch_id, after_number=0, limit=10)
+        return [number for number, _ in found]
+
+    assert ended() == [1]
+    files.world.database.run(jobs.retry, item.id)
+    assert ended() == []
+    files.world.succeed(item.id)
+    assert ended()[-1] == 2
+
+
+def test_the_time_at_which_a_batch_began_does_not_move_with_its_chunks(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 1)
+    files.put("s3://work/in.jsonl", jsonl(3))
+    batch_id = files.submit(output_uri=None)
+    began = set()
+
+    def look(reached: str) -> None:
+        if reached == "batch.chunk_added":
+            began.add(files.batch(batch_id).in_progress_at)
+
+    points.listen(look)
+    try:
+        files.run()
+    finally:
+        points.listen(None)
+    assert len(began) == 1
+
+
+def test_an_answer_to_a_batch_counts_the_items_that_failed_at_once(files: Files) -> None:
+    after = [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "y", "after": "a"}]
+    request = BatchRequest.model_validate({"items": after, "on_item_error": "stop"})
+    submitted = files.world.database.run(
+        submit.submit_batch, files.world.tenant_id, request, max_attempts=3
+    )
+    assert (submitted.batch.failed, submitted.batch.status) == (1, BatchStatus.CANCELLING)
+
+
+def test_a_tenant_of_many_batches_does_not_keep_another_ones_from_being_read(files: Files) -> None:
+    files.put("s3://work/in.jsonl", jsonl(1))
+    for _ in range(60):
+        files.submit(output_uri=None)
+    other = files.world.another_tenant("other")
+    request = BatchRequest.model_validate({"input_uri": "s3://work/in.jsonl"})
+    last = files.world.database.run(
+        submit.submit_batch, other.tenant_id, request, max_attempts=3
+    ).batch.id
+    loop = files.loop()
+    for _ in range(40):  # one time in two: never in 40 is one in 10^12
+        loop.round()
+    assert files.batch(last).intake_done
+
+
+def test_an_output_whose_name_cannot_be_a_files_fails_and_is_not_tried_for_ever(
+    files: Files,
+) -> None:
+    """In a folder a key cannot also be the folder of another key."""
+    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://work/folder.jsonl/x", b"x")
+    for uri in ("s3://work/in.jsonl/out.jsonl", "s3://work/folder.jsonl"):
+        batch_id = files.submit(output_uri=uri)
+        files.run()
+        files.succeed_all(batch_id)
+        files.run()
+        batch = files.batch(batch_id)
+        assert batch.status is BatchStatus.FAILED
+        assert batch.errors is not None
+        assert batch.errors[0]["code"] == "object_forbidden"
+
+
+def _cancel_all(files: Files) -> None:
+    while due := files.world.database.read(batches.to_cancel, 500):
+        for job_id in due:
+            files.world.database.run(jobs.cancel, job_id)
