@@ -24,7 +24,7 @@ async def batch_input(here: Services, caller: Caller, request: BatchRequest) -> 
     :raises Unavailable: the object store does not answer.
     """
     if request.output_uri is not None:
-        _check_output(request.output_uri, caller.tenant, here.settings)
+        _check_output(request.output_uri, request.input_uri, caller.tenant, here.settings)
     if request.input_file_id is not None:
         file = await caller.database.read(files.get, request.input_file_id)
         return file.uri
@@ -39,7 +39,7 @@ async def batch_input(here: Services, caller: Caller, request: BatchRequest) -> 
     return uri
 
 
-def _check_output(uri: str, tenant: str, settings: Settings) -> None:
+def _check_output(uri: str, input_uri: str | None, tenant: str, settings: Settings) -> None:
     if not uri.endswith("/") and not has_known_ending(uri):
         raise InvalidRequest(
             "output_uri: end it with `.jsonl`, `.jsonl.gz` or `.parquet`, or with `/`",
@@ -48,6 +48,10 @@ def _check_output(uri: str, tenant: str, settings: Settings) -> None:
     names = output_names(uri)
     for name in (names.output, names.errors, names.summary):
         ref = _parse("output_uri", name)
+        if name == input_uri:
+            raise InvalidRequest(
+                f"output_uri: the output would replace the input, {name}", param="output_uri"
+            )
         if ref.bucket == settings.upload_bucket:
             raise ObjectForbidden(
                 f"output_uri: bucket `{ref.bucket}` is for uploads; name another one",

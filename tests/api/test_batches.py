@@ -178,3 +178,21 @@ def test_a_name_given_twice_is_refused(client: httpx2.Client) -> None:
 def test_an_unknown_batch_is_not_found(client: httpx2.Client, method: str, path: str) -> None:
     response = client.request(method, f"/v1/batches/bat_{'0' * 32}{path}")
     assert response.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("input_uri", "output_uri"),
+    [
+        ("s3://work/in.jsonl", "s3://work/in.jsonl"),
+        ("s3://work/out.errors.jsonl", "s3://work/out.jsonl"),
+    ],
+)
+def test_an_output_does_not_replace_the_input(
+    client: httpx2.Client, input_uri: str, output_uri: str
+) -> None:
+    body = {"input_uri": input_uri, "output_uri": output_uri}
+    response = client.post("/v1/batches", json=body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "output_uri"
+    assert "would replace the input" in error["message"]
