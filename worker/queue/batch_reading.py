@@ -79,7 +79,11 @@ class BatchReader:
         self._served = served
 
     def chunks(
-        self, batch: Batch, tenant: str, place: Place, alive: Callable[[], None]
+        self,
+        batch: Batch,
+        tenant: str,
+        place: Place,
+        alive: Callable[[], None] = lambda: None,
     ) -> Iterator[Chunk]:
         """The items of a batch after `place`.
 
@@ -93,7 +97,7 @@ class BatchReader:
         with closing(self._found(batch, place, alive)) as numbered:
             for found in numbered:
                 if found.item is not None:
-                    items.append(self._resolved(found.item, batch, tenant))
+                    items.append(self._resolved(found.item, batch, tenant, alive))
                 place = found.place
                 size += found.size
                 if len(items) == CHUNK or size > CHUNK_BYTES or time.monotonic() > until:
@@ -164,25 +168,32 @@ class BatchReader:
                 new = NewItem(position - 1, error=error, custom_id=name)
             yield _Found(new, Place(position, after=found.key), len(found.key))
 
-    def _resolved(self, new: NewItem, batch: Batch, tenant: str) -> NewItem:
+    def _resolved(
+        self, new: NewItem, batch: Batch, tenant: str, alive: Callable[[], None]
+    ) -> NewItem:
         """The item with the references that a worker takes."""
         if new.item is None:
             return new
         try:
-            return replace(new, item=self._with_references(new.item, batch.tenant_id, tenant))
+            return replace(
+                new, item=self._with_references(new.item, batch.tenant_id, tenant, alive)
+            )
         except VisqError as error:
             if error.retryable:
                 raise
             named = type(error)(f"line {new.position + 1}: {error.message}", param=error.param)
             return NewItem(new.position, error=named, custom_id=new.item.custom_id)
 
-    def _with_references(self, item: BatchItem, tenant_id: str, tenant: str) -> BatchItem:
+    def _with_references(
+        self, item: BatchItem, tenant_id: str, tenant: str, alive: Callable[[], None]
+    ) -> BatchItem:
         places = {url: place for place, url in references(item)}
         if not places:
             return item
         named = {url: p for url, p in places.items() if not (is_data(url) or is_id(url))}
         stored = check_names(named, tenant, self._settings)
         for url, place in places.items():
+            alive()  # an item may have hundreds of images, and the store may be slow
             try:
                 if is_id(url):
                     stored[url] = self._uploaded(url, tenant_id)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import json
 import os
 
 import pytest
@@ -88,6 +90,24 @@ def test_what_was_read_slowly_is_kept_and_a_hold_is_renewed_while_nothing_is_fou
         chunks = loop._reader.chunks(hold.batch, "acme", batch_holds.Place(), lambda: None)
         assert [chunk.place.position for chunk in chunks][: len(places)] == places
         loop._read(hold)
+
+
+def test_a_hold_is_renewed_between_the_uploads_of_one_item(files: Files) -> None:
+    pictures = [
+        f"data:image/gif;base64,{base64.b64encode(b'GIF89a%d' % n).decode()}" for n in (1, 2)
+    ]
+    item = json.dumps({"custom_id": "a", "prompt": "x", "images": pictures})
+    files.put("s3://work/in.jsonl", item.encode())
+    files.submit(output_uri=None)
+    hold = files.world.database.run(batch_holds.take, seconds=30)
+    assert hold is not None
+    uploads: list[int] = []
+
+    def alive() -> None:
+        uploads.append(len([*files.store.list("visq-uploads", "acme/")]) if uploads else 0)
+
+    [*files.loop()._reader.chunks(hold.batch, "acme", batch_holds.Place(), alive)]
+    assert uploads == [0, 1]
 
 
 def test_a_reader_learns_of_a_cancellation_while_it_finds_nothing(
