@@ -12,6 +12,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
+from migrations.locking import lock
+
 revision = "0004"
 down_revision = "0003"
 branch_labels = None
@@ -95,6 +97,7 @@ PARTIAL = (
 
 
 def upgrade() -> None:
+    lock("tenants", "batches", "jobs")
     for column in _columns():
         op.add_column("batches", column)
     for name, kind in JOB_COLUMNS.items():
@@ -147,6 +150,7 @@ def _keep_what_was() -> None:
 
 
 def downgrade() -> None:
+    lock("tenants", "batches", "jobs")
     op.drop_table("files")
     op.drop_table("batch_ends")
     for name, table, _, _ in PARTIAL:

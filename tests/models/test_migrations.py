@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 from alembic import command
 from sqlalchemy import inspect, text
+from sqlalchemy.orm import Session
 
 from migrations import run as migrations
 from models import batches, jobs, revision, sessions
 from models.database import Database
+from tests.waiting import until
 from visq.errors import ConfigurationError
 from visq.types import BatchStatus, TextPart
 
@@ -113,3 +118,52 @@ def test_batches_of_before_they_came_from_files_go_on_and_end_as_they_would(
     ended = database.read(batches.ended_items, "bat_2", after_number=0, limit=10)
     assert [number for number, _ in ended] == [1, 2]
     database.close()
+
+
+def test_workers_of_before_can_still_write_when_batches_may_come_from_files(
+    database_url: str,
+) -> None:
+    """They do not know the new columns, and go on until they are replaced."""
+    migrations.upgrade(database_url, "0003")
+    database = Database(database_url)
+    before = columns_of(database)
+    migrations.upgrade(database_url)
+    after = columns_of(database)
+    database.close()
+    for table, known in before.items():
+        assert after[table].keys() >= known.keys()
+        needed = {
+            name
+            for name in after[table].keys() - known.keys()
+            if not after[table][name]["nullable"] and after[table][name]["default"] is None
+        }
+        assert needed == set(), table
+
+
+def columns_of(database: Database) -> dict[str, dict[str, Any]]:
+    """By table and name."""
+    inspector = inspect(database.engine)
+    return {
+        table: {column["name"]: column for column in inspector.get_columns(table)}
+        for table in inspector.get_table_names()
+    }
+
+
+def test_a_migration_does_not_deadlock_with_an_end_of_an_item(postgres_url: str) -> None:
+    """Which has locked its job, and then wants its batch."""
+    migrations.upgrade(postgres_url, "0003")
+    database = Database(postgres_url)
+    with ThreadPoolExecutor(1) as pool, database.engine.connect() as end:
+        end.execute(text("UPDATE jobs SET attempt = attempt + 1"))
+        migration = pool.submit(migrations.upgrade, postgres_url)
+        until(lambda: database.read(someone_waits) or migration.done(), 20, "the migration")
+        end.execute(text("UPDATE batches SET succeeded = succeeded + 1"))
+        end.commit()
+        migration.result(30)
+    assert migrations.current(postgres_url) == migrations.head()
+    database.close()
+
+
+def someone_waits(session: Session) -> bool:
+    """For a lock."""
+    return bool(session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
