@@ -237,10 +237,13 @@ def measure(deployment: Deployment, args: argparse.Namespace) -> dict[str, str]:
         for number, (tenant, client) in enumerate(clients.items())
     ]
     kills = [("API", 0.3), ("worker", 0.6)] if args.kills else []
+    both: Any = None
     halfway: Any = None
     while True:
         views = [_patiently(batch.refresh) for batch in batches]
         done = sum(view.counts.finished for view in views) / (args.items * len(views))
+        if both is None and all(view.counts.total for view in views):
+            both = deployment.now()
         if (
             args.rival
             and halfway is None
@@ -278,7 +281,9 @@ def measure(deployment: Deployment, args: argparse.Namespace) -> dict[str, str]:
         "running at most": str(peaks.running),
     }
     if args.rival:
-        shares = dict(map(tuple, deployment.rows(_SHARES, since=since, until=halfway or until)))
+        shares = dict(
+            map(tuple, deployment.rows(_SHARES, since=both or since, until=halfway or until))
+        )
         total = sum(shares.values())
         found["shares while both ran"] = ", ".join(
             f"{name} {count / total:.1%} of {total}" for name, count in sorted(shares.items())

@@ -10,6 +10,7 @@ for its turn is repeated for as long as it waits, and must not keep others out o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -53,7 +54,7 @@ _RESERVE: Final = (
     update(Job)
     .where(Job.id.in_(bindparam("job_ids", expanding=True)))
     .values(publish_at=db_now("republish_seconds"), publishes=Job.publishes + 1)
-    .returning(Job.id, Job.lane, ALONE, Job.publishes)
+    .returning(Job.id, Job.tenant_id, Job.lane, ALONE, Job.publishes)
     .execution_options(synchronize_session=False)
 )
 
@@ -69,10 +70,13 @@ def reserve_due(session: Session, *, limit: int, republish_seconds: float) -> li
     if not due:
         return []
     rows = fetch(session, _RESERVE, {"job_ids": due, "republish_seconds": republish_seconds})
-    due_jobs = (
-        DueJob(QueuedJob(id_, lane, alone), publishes) for id_, lane, alone, publishes in rows
-    )
-    return sorted(due_jobs, key=lambda due: due.job.id)
+    # By turns: what stands behind all of another tenant would wait longer in each round.
+    turns: Counter[str] = Counter()
+    due_jobs = []
+    for id_, tenant_id, lane, alone, publishes in sorted(rows):
+        due_jobs.append((turns[tenant_id], DueJob(QueuedJob(id_, lane, alone), publishes)))
+        turns[tenant_id] += 1
+    return [due for _, due in sorted(due_jobs, key=lambda turn: (turn[0], turn[1].job.id))]
 
 
 def mark_published(session: Session, job_ids: Sequence[str], *, republish_seconds: float) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from models.database import db_now
 from models.tables import Job, JobEvent
-from visq.types import JobStatus, Prompt
+from visq.ids import earliest_id
+from visq.types import JobStatus, Lane, Prompt
 
 LATEST_JOBS: Final = 200
 LOOKED_THROUGH: Final = 200_000
@@ -76,3 +78,30 @@ def latest_runs(session: Session) -> list[Run]:
 
 def _prompt(request: dict[str, Any]) -> Prompt:
     return Prompt.model_validate({k: v for k, v in request.items() if k in Prompt.model_fields})
+
+
+CHATS: Final = 500
+"""No more of them are looked at."""
+
+
+def chat_waits(session: Session, seconds: float) -> list[float]:
+    """How long the chat jobs (those of the lane ``interactive``) of the last `seconds` waited for
+    their start, in seconds; those that still wait, until now. Turns that wait for an earlier one
+    of their session are not among them."""
+    rows = session.execute(
+        select(Job.created_at, Job.started_at, db_now())
+        .where(
+            # Ids begin with the time: the rows before are not looked at. (Clocks may differ.)
+            Job.id > earliest_id("job", time.time() - seconds - CLOCKS_DIFFER_SECONDS),
+            Job.lane == Lane.INTERACTIVE,
+            Job.status != JobStatus.WAITING,
+            or_(Job.turn.is_(None), Job.turn == 1),
+            Job.created_at >= db_now(-seconds),
+        )
+        .order_by(Job.id.desc())
+        .limit(CHATS)
+    )
+    return [((started or now) - created).total_seconds() for created, started, now in rows]
+
+
+CLOCKS_DIFFER_SECONDS: Final = 60.0

@@ -10,6 +10,7 @@ key                           type      content
 ``visq:worker:<id>``          string    a live worker (`WorkerInfo`), with a TTL of some heartbeats
 ``visq:workers``              set       ids of workers, of dead ones too until somebody looks
 ``visq:failed-worker:<name>`` string    why a worker did not start (`WorkerFailure`), with a TTL
+``visq:pace``                 string    how batches give way to chat (`worker.queue.pace`)
 ``visq:failed-workers``       set       names of those, with the TTL of the last one
 ============================= ========= ============================================================
 

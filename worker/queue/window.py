@@ -9,10 +9,11 @@ from typing import Final
 import redis
 import structlog
 
-from models import reading
+from models import latest, reading
 from models.database import Database
 from visq.settings import Settings
 from visq.streams import WorkerInfo, live_workers
+from worker.queue import pace
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +43,8 @@ class Window:
         self._redis = client
         self._look = look
         self._most = WITHOUT_WORKERS
-        self._looked_at = -FRESH_SECONDS
+        self._share = 1.0
+        self._looked_at = self._paced_at = -FRESH_SECONDS
         self._weights: dict[str, float] | None = None
 
     def most(self) -> int:
@@ -50,13 +52,24 @@ class Window:
         if self._settings.batch_window:
             return self._settings.batch_window
         now = time.monotonic()
-        if now - self._looked_at >= FRESH_SECONDS:
-            self._looked_at = now
-            try:
+        try:
+            if now - self._looked_at >= FRESH_SECONDS:
+                self._looked_at = now
                 self._most = room_of(self._look(self._redis))
-            except (redis.RedisError, OSError) as error:
-                log.debug("the window stays as it was", error=str(error))
-        return self._most
+            if now - self._paced_at >= pace.LOOK_SECONDS:
+                self._paced_at = now
+                self._share = self._pace().share
+        except (redis.RedisError, OSError) as error:
+            log.debug("the window stays as it was", error=str(error))
+        return max(1, round(self._most * self._share))
+
+    def _pace(self) -> pace.Pace:
+        found = pace.read(self._redis)
+        if pace.is_ones_turn(self._redis):
+            waits = self._database.read(latest.chat_waits, pace.WAITS_OF_SECONDS)
+            found = found.after(waits, pace.this_minute())
+            pace.write(self._redis, found)
+        return found
 
     def weights(self) -> dict[str, float]:
         """By the ids of tenants."""
