@@ -41,14 +41,16 @@ _BATCHES_WITH_HELD_ITEMS: Final = (
     )
     .order_by(Batch.id)
 )
+# Twice, and so in the index of such items: else SQLite reads all that batches ever had.
+_OPEN_ITEMS: Final = (Job.batch_id.is_not(None), has_status(*UNFINISHED))
 _QUEUED_IN_FLIGHT: Final = (
     select(Job.batch_id, Job.tenant_id, func.count())
-    .where(has_status(JobStatus.QUEUED), Job.publish_at.is_not(None), Job.batch_id.is_not(None))
+    .where(*_OPEN_ITEMS, has_status(JobStatus.QUEUED), Job.publish_at.is_not(None))
     .group_by(Job.batch_id, Job.tenant_id)
 )
 _RUNNING: Final = (
     select(Job.batch_id, Job.tenant_id, func.count())
-    .where(has_status(JobStatus.RUNNING), Job.batch_id.is_not(None))
+    .where(*_OPEN_ITEMS, has_status(JobStatus.RUNNING))
     .group_by(Job.batch_id, Job.tenant_id)
 )
 _NEXT_HELD: Final = (

@@ -150,14 +150,16 @@ def _ages(session: Session, rows: Select[Any, Any]) -> Late:
 
 def _queued(session: Session) -> Late:
     due = and_(
-        Job.status == JobStatus.QUEUED,
+        has_status(JobStatus.QUEUED),
         Job.publish_at.is_not(None),  # else its batch holds it back
         or_(Job.run_after.is_(None), Job.run_after <= db_now()),
     )
     count = session.scalar(select(func.count()).select_from(Job).where(due)) or 0
     if not count:
         return Late()
-    oldest = select(Job.id, Job.run_after).where(due).order_by(Job.id).limit(OLDEST_QUEUED)
+    # By their ids, SQLite would read the whole table in that order.
+    by_age = (Job.created_at, Job.id)
+    oldest = select(Job.id, Job.run_after).where(due).order_by(*by_age).limit(OLDEST_QUEUED)
     candidates = oldest.subquery()
     last_event = (
         select(func.max(JobEvent.at))
