@@ -91,6 +91,8 @@ class Settings(BaseSettings):
     tenant_weights: str = ""
     """``name=weight`` pairs separated by commas: a tenant of weight 2 gets twice the turns of one
     of weight 1 (the default) when items of both wait."""
+    max_batch_items: Annotated[int, Field(ge=1)] = 1_000_000
+    """Most lines (or images) of a batch's input; more fail the batch."""
     max_line_bytes: Annotated[int, Field(gt=0)] = 8 * MIB
     """Longest line of a batch's input file."""
     result_ttl_seconds: Annotated[int, Field(gt=0)] = 86_400

@@ -121,7 +121,15 @@ class BatchReader:
     def _found(self, batch: Batch, place: Place, alive: Callable[[], None]) -> Generator[_Found]:
         assert batch.input_uri is not None
         is_prefix = batch.input_uri.endswith("/")
-        return self._images(batch, place) if is_prefix else self._lines(batch, place, alive)
+        numbered = self._images(batch, place) if is_prefix else self._lines(batch, place, alive)
+        most = self._settings.max_batch_items
+        with closing(numbered):
+            for found in numbered:
+                if found.place.position > most:  # packed, a small file may have any number
+                    raise BatchInputError(
+                        f"it has more than {most} lines or images (VISQ_MAX_BATCH_ITEMS): split it"
+                    )
+                yield found
 
     def _lines(self, batch: Batch, place: Place, alive: Callable[[], None]) -> Generator[_Found]:
         uri = batch.input_uri or ""

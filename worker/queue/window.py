@@ -45,7 +45,7 @@ class Window:
         self._most = WITHOUT_WORKERS
         self._share = 1.0
         self._looked_at = self._paced_at = -FRESH_SECONDS
-        self._weights: dict[str, float] | None = None
+        self._weights: dict[str, float] = {}
 
     def most(self) -> int:
         """Items in flight at most."""
@@ -73,9 +73,9 @@ class Window:
 
     def weights(self) -> dict[str, float]:
         """By the ids of tenants."""
-        if self._weights is None:
-            named = self._settings.weights
-            ids = self._database.read(reading.tenant_ids, list(named)) if named else {}
+        named = self._settings.weights
+        if len(self._weights) < len(named):  # a tenant is made when its key is first seen
+            ids = self._database.read(reading.tenant_ids, list(named))
             self._weights = {id_: named[name] for name, id_ in ids.items()}
         return self._weights
 

@@ -123,6 +123,20 @@ def test_an_input_that_cannot_be_read_fails_the_batch(
     assert said in error.message
 
 
+def test_a_file_of_more_lines_than_are_taken_fails_the_batch(files: Files) -> None:
+    files.put("s3://work/in.jsonl", jsonl(5))
+    files.settings = files.settings.model_copy(update={"max_batch_items": 4})
+    batch_id = files.submit(output_uri=None)
+    files.run()
+    batch = files.batch(batch_id)
+    assert batch.errors is not None
+    assert "VISQ_MAX_BATCH_ITEMS" in batch.errors[0]["message"]
+    files.put("s3://work/in.jsonl", jsonl(4))
+    fits = files.submit(output_uri=None)
+    files.run()
+    assert files.batch(fits).total == 4
+
+
 def test_a_file_that_breaks_off_stops_what_was_read_of_it(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
