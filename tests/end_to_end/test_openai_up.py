@@ -1,22 +1,28 @@
-"""Batches by OpenAI's released client, unmodified: good files, and ten kinds of broken ones."""
+"""OpenAI's released client, unmodified, against ``visq up``: chat, and batches of good files and of
+ten kinds of broken ones."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from langchain_core.messages import HumanMessage
+from langchain_openai import ChatOpenAI
 from openai.types import Batch
 
-from tests.deployment import API_KEY, Deployment
-from tests.end_to_end.test_openai import data_url
-from tests.servers import Valkey
+from tests.end_to_end.test_openai import asking, data_url
 from tests.waiting import until
+from visq.embedded.connection import ConnectionInfo
+from visq.embedded.processes import end, free_port, start_tethered
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -24,16 +30,34 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 
 
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory, valkey: Valkey) -> Iterator[Deployment]:
-    settings = {"broker_url": valkey.url, "redis_url": valkey.url, "max_line_bytes": "1000000"}
-    with Deployment(tmp_path_factory.mktemp("openai-batches"), settings) as deployment:
-        deployment.start_worker()
-        yield deployment
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConnectionInfo]:
+    """``visq up``, as a newcomer starts it."""
+    data = tmp_path_factory.mktemp("up")
+    own = {name: value for name, value in os.environ.items() if not name.startswith("VISQ_")}
+    process = start_tethered(
+        [sys.executable, "-m", "visq", "up", "--data", data],
+        log=data / "up.log",
+        env=own
+        | {
+            "VISQ_PORT": str(free_port()),
+            "VISQ_ENGINE_THREADS": "1",
+            "VISQ_MAX_LINE_BYTES": "1000000",
+        },
+    )
+
+    def runs() -> ConnectionInfo | None:
+        assert process.poll() is None, (data / "up.log").read_text()
+        return ConnectionInfo.read(data)
+
+    info = until(runs, 120, "visq up")
+    assert info is not None
+    yield info
+    assert end(process, 60, signal.SIGINT), "visq up must end at Ctrl-C"
 
 
 @pytest.fixture
-def client(deployment: Deployment) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key=API_KEY) as client:
+def client(up: ConnectionInfo) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{up.url}/v1", api_key=up.api_key) as client:
         yield client
 
 
@@ -80,6 +104,21 @@ def ended(client: openai.OpenAI, batch: Batch) -> Batch:
 def lines_of(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
     assert file_id is not None
     return [json.loads(each) for each in client.files.content(file_id).text.splitlines()]
+
+
+def test_a_chat_with_an_image_is_answered_and_streamed(
+    client: openai.OpenAI, up: ConnectionInfo
+) -> None:
+    asked: Any = {"messages": asking("what color is it?", data_url()), "temperature": 0}
+    answer = client.chat.completions.create(model="small", max_tokens=8, **asked)
+    text = answer.choices[0].message.content
+    assert text
+    stream = client.chat.completions.create(model="small", max_tokens=8, stream=True, **asked)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces) == text
+    langchain: Any = ChatOpenAI
+    chat = langchain(base_url=f"{up.url}/v1", api_key=up.api_key, model="small", temperature=0)
+    assert chat.bind(max_tokens=8).invoke([HumanMessage(asked["messages"][0]["content"])]).text
 
 
 def test_a_batch_is_answered_in_input_order_with_its_errors_apart(client: openai.OpenAI) -> None:
