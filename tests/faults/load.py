@@ -46,8 +46,8 @@ class Amounts:
     doomed: int = 20
     """Items of one more batch, which is cancelled."""
     files: int = 2
-    """More batches, whose items are lines of a file; as long as the trickle runs, another one each
-    two seconds, for who strikes late."""
+    """More batches, whose items are lines of a file; if there are any, another one each two seconds
+    as long as the trickle runs, for who strikes late."""
     lines: int = 60
     cancels: int = 6
     """Of `jobs`: how many are cancelled a moment later,"""
@@ -226,6 +226,8 @@ class Load:
     def _some_files(self, chance: random.Random) -> None:
         """Batches from files."""
         number = 0
+        if not self._amounts.files:
+            return
         with _Clients(self._urls, chance) as clients:
             while number < self._amounts.files or not self._over.is_set():
                 if number < self._amounts.files:

@@ -18,6 +18,7 @@ LONG = Amounts(
     deleted=0,
     batches=0,
     doomed=0,
+    files=0,
     cancels=0,
     expiring=0,
     missing=0,
