@@ -32,6 +32,8 @@ class PlayedEngine:
             "played", "native", "none", "none", 0.0, max_context=4096, capacity=SEQUENCES
         )
         self.ended = threading.Event()
+        self.progress = 0
+        """Steps: the worker looks whether there are any."""
         self._waiting: list[tuple[Handle, int]] = []
         self._lock = threading.Lock()
         threading.Thread(target=self._steps, daemon=True).start()
@@ -46,6 +48,7 @@ class PlayedEngine:
         running: list[tuple[Handle, list[int], int]] = []
         following = time.monotonic()
         while True:
+            self.progress += 1
             with self._lock:
                 room = max(0, SEQUENCES - len(running))
                 joining, self._waiting = self._waiting[:room], self._waiting[room:]

@@ -16,7 +16,7 @@ from tests.api.running import PlayedWorker, RunningApi
 from tests.api.test_jobs import submit
 from visq.settings import Settings
 
-EXAMPLES = 8
+EXAMPLES = 3
 """Random requests for each operation, beside those that schemathesis derives by rule."""
 
 schema = schemathesis.openapi.from_dict(create_app(Settings(api_keys="a:b")).openapi())
