@@ -44,6 +44,9 @@ class PlayedEngine:
             self._waiting.append((handle, request.gen_config.max_new_tokens or 1))
         return handle
 
+    def stats(self) -> None:
+        """It has none."""
+
     def _steps(self) -> None:
         running: list[tuple[Handle, list[int], int]] = []
         following = time.monotonic()
