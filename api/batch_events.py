@@ -54,7 +54,8 @@ async def batch_events(
         batch, items = await database.read(_look, batch_id, after, PAGE if with_items else 0)
         for number, job in items:
             after = number
-            yield shown("item", job.model_dump_json(), str(number))
+            if job.status.is_terminal:  # or it is retried, and comes again
+                yield shown("item", job.model_dump_json(), str(number))
         if batch != told:
             told = batch
             if batch.status.is_terminal and len(items) < PAGE:

@@ -260,15 +260,15 @@ def _fresh(session: Session, batch_id: str) -> Batch:
 def ended_items(
     session: Session, batch_id: str, *, after_number: int, limit: int
 ) -> list[tuple[int, Job]]:
-    """Items in the order in which they ended, with the numbers of those ends. One that is being
-    retried has not ended: it comes again, with a higher number. (Without their requests.)"""
+    """Items in the order in which they ended, with the numbers of those ends, of which none is left
+    out. One that is being retried shows that it has not ended: it comes again, with a higher
+    number. (Without their requests.)"""
     rows = session.execute(
         select(BatchEnd.number, Job)
         .join(Job, Job.id == BatchEnd.job_id)
         .where(
             BatchEnd.batch_id == batch_id,
             BatchEnd.number > after_number,
-            Job.finished_at.is_not(None),
         )
         .order_by(BatchEnd.number)
         .limit(limit)

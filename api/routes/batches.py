@@ -150,7 +150,8 @@ async def list_results(
     me: Me, batch_id: BatchIdPath, page: Annotated[ResultsPage, Query()]
 ) -> Page[JobView]:
     """At any time, also while the batch runs. In the order `ended`, `next_cursor` is null only when
-    nothing more can come."""
+    nothing more can come; an item that is retried after its end shows its present status there, and
+    comes again."""
     if page.order == "input":
         after = -1 if page.cursor is None else int(page.cursor)
         rows = await me.database.read(_results, batch_id, after, page.limit + 1)

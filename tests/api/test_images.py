@@ -274,6 +274,7 @@ def test_an_upload_with_another_hash_than_the_request_gives_is_refused(
     assert response.status_code == 422
     assert response.json()["error"] == {
         "code": "image_changed",
+        "type": "invalid_request_error",
         "message": "this image has not the SHA-256 that the request gives",
         "param": "messages.0.content.0.sha256",
     }

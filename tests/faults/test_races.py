@@ -74,7 +74,8 @@ def test_a_cancel_that_races_the_end_of_its_job_gives_one_end_and_one_event(
     found = {row.id: row.status for row in rows}
     assert Counter(job_id for job_id, _ in ends) == dict.fromkeys(ids, 1), "an end, and no second"
     assert {end.job_id: end.to_status for end in ends} == found
-    told = database.read(lambda session: session.scalars(select(Outbox.payload)).all())
+    events = select(Outbox.payload).where(Outbox.kind == "result")
+    told = database.read(lambda session: session.scalars(events).all())
     assert len(told) == JOBS
     assert {event["data"]["id"]: event["data"]["status"] for event in told} == found
     batch = database.read(batches.get, batch_id)

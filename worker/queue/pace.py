@@ -27,12 +27,12 @@ WAITS_OF_SECONDS: Final = 4.0
 
 ENOUGH: Final = 3
 """Fewer waits say nothing."""
-TOO_LONG: Final = 1.5
+TOO_LONG: Final = 1.3
 """Times the lowest wait. The waits are medians: of a hundred, five are about twice as long, alone
 as well as beside batches."""
-SLIGHT: Final = 0.005
+SLIGHT: Final = 0.003
 """Seconds more than the lowest wait that nobody notices."""
-SHRINK: Final = 0.6
+SHRINK: Final = 0.5
 GROW: Final = 1 / 32
 LEAST: Final = 1 / 32
 """Of the whole window: batches go on, whatever chat does."""

@@ -68,7 +68,7 @@ def test_a_folder_keeps_no_versions(folder_store: ObjectStore) -> None:
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     store = open_store(Settings(object_store=tmp_path.as_uri()))
     store.put(parse_uri("s3://pictures/a"), b"x", "image/png")
-    with pytest.raises(Unavailable, match="s3://pictures/a/b"):
+    with pytest.raises(ImageForbidden, match="s3://pictures/a/b"):
         store.put(parse_uri("s3://pictures/a/b"), b"y", "image/png")
     assert list((tmp_path / ".incoming").iterdir()) == []
     assert fetched(store, parse_uri("s3://pictures/a")).data == b"x"

@@ -238,15 +238,15 @@ def test_an_item_that_is_retried_has_not_ended(files: Files) -> None:
     [item] = files.items(batch_id)
     files.world.finish(files.world.claimed(item.id), PERMANENT)
 
-    def ended() -> list[int]:
+    def ended() -> list[tuple[int, S]]:
         found = files.world.database.read(batches.ended_items, batch_id, after_number=0, limit=10)
-        return [number for number, _ in found]
+        return [(number, job.status) for number, job in found]
 
-    assert ended() == [1]
+    assert ended() == [(1, S.FAILED)]
     files.world.database.run(jobs.retry, item.id)
-    assert ended() == []
+    assert ended() == [(1, S.QUEUED)], "no number is left out, and it shows that it runs again"
     files.world.succeed(item.id)
-    assert ended()[-1] == 2
+    assert ended() == [(1, S.SUCCEEDED), (2, S.SUCCEEDED)]
 
 
 def test_the_time_at_which_a_batch_began_does_not_move_with_its_chunks(
