@@ -58,6 +58,11 @@ def items(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def hear_ctrl_c() -> None:
+    """In a new process: tests that run in the background of a shell ignore the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """``visq batch run`` as a process."""
 
@@ -71,6 +76,7 @@ class Command:
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
+            preexec_fn=hear_ctrl_c,
         )
 
     def interrupt(self) -> None:
@@ -172,6 +178,7 @@ def test_ctrl_c_in_a_program_cancels_its_run(client: Client, deployment: Deploym
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert program.stdout is not None
     batch_id = program.stdout.readline().strip()

@@ -72,7 +72,7 @@ def test_thirty_items_on_three_pictures_are_three_reads_three_decodes_and_three_
 ) -> None:
     for colour in COLOURS:
         s3.client().put_object(Bucket=bucket, Key=f"{colour}.png", Body=png(colour))
-    encoded = counted(deployment)["encoded_images"]
+    encoded = counted(deployment).get("encoded_images", 0.0)
     batch = client.batches.submit(
         [
             {
@@ -94,7 +94,9 @@ def test_thirty_items_on_three_pictures_are_three_reads_three_decodes_and_three_
     decoded = re.findall(r"decoding image ([0-9a-f]{64})", worker.log.read_text())
     assert len(decoded) == len(set(decoded)) == 3
     counters = until(
-        lambda: found if (found := counted(deployment))["requests_finished"] >= ITEMS else None,
+        lambda: (
+            found if (found := counted(deployment)).get("requests_finished", 0.0) >= ITEMS else None
+        ),
         20,
         "the engine's report",
     )
