@@ -9,7 +9,7 @@ Routes that speak OpenAI's API have the dependency `as_openai`, the first of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -74,19 +74,17 @@ BATCHES: Final = Face(openai.status_of, openai.body_in_our_names)
 """As `OPENAI`, for requests whose fields are mostly visq's own."""
 
 
-async def _as_openai(request: Request) -> None:
-    request.state.face = OPENAI
+def _tells_errors(face: Face) -> Callable[[Request], Awaitable[None]]:
+    async def with_face(request: Request) -> None:
+        request.state.face = face
+
+    return with_face
 
 
-as_openai: Final = Depends(_as_openai)
+as_openai: Final = Depends(_tells_errors(OPENAI))
 """The route tells its errors as OpenAI's API does."""
-
-
-async def _as_batches(request: Request) -> None:
-    request.state.face = BATCHES
-
-
-as_batches: Final = Depends(_as_batches)
+as_batches: Final = Depends(_tells_errors(BATCHES))
+"""The route tells its errors as those of batches are told."""
 
 
 def add_header(request: Request, name: str, value: str) -> None:

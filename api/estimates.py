@@ -200,10 +200,7 @@ class Tally:
         for url in filter(is_data, places):
             decode_data_url(url, self.settings.max_upload_bytes)
         if self._names.has(item.custom_id):
-            raise DuplicateCustomId(
-                f"an item before this one has the `custom_id` {item.custom_id!r} already",
-                param="custom_id",
-            )
+            raise DuplicateCustomId.of(item.custom_id)
 
     def _add_completion(self, item: BatchItem) -> None:
         config = item.gen_config if "gen_config" in item.model_fields_set else self._default

@@ -169,7 +169,7 @@ def add_chunk(
         in_progress_at=func.coalesce(Batch.in_progress_at, db_now()),
     )
     events = [] if rows is None else rows.count_failed()
-    return events + (_end_if_over(session, batch.id) if is_last and not events else [])
+    return events + (batches.end_if_over(session, batch.id) if is_last and not events else [])
 
 
 def fail(session: Session, hold: Hold, error: VisqError) -> list[OutboxEntry]:
@@ -182,12 +182,12 @@ def fail(session: Session, hold: Hold, error: VisqError) -> list[OutboxEntry]:
     said = {"code": error.code, "message": error.message, "param": error.param, "line": None}
     if not hold.reads:
         _update(session, hold, Batch.status == BatchStatus.FINALIZING, held_until=None)
-        batch = _locked(session, hold.batch.id)
+        batch = batches.locked(session, hold.batch.id)
         batch.errors = [*(batch.errors or ()), said | {"param": batches.OUTPUT}]
         return batches.close(session, batch)
     _update(session, hold, held_until=None)
     batches.stop(session, hold.batch.id, [said])
-    return _end_if_over(session, hold.batch.id)
+    return batches.end_if_over(session, hold.batch.id)
 
 
 def expire(session: Session, hold: Hold) -> list[OutboxEntry]:
@@ -204,7 +204,7 @@ def expire(session: Session, hold: Hold) -> list[OutboxEntry]:
         "line": hold.batch.intake_position,
     }
     _update(session, hold, intake_done=True, held_until=None, errors=[said])
-    return _end_if_over(session, hold.batch.id)
+    return batches.end_if_over(session, hold.batch.id)
 
 
 def close(
@@ -216,7 +216,7 @@ def close(
     """
     as_tenant(session, hold.batch.tenant_id)
     _update(session, hold, Batch.status == BatchStatus.FINALIZING, held_until=None)
-    batch = _locked(session, hold.batch.id)
+    batch = batches.locked(session, hold.batch.id)
     seconds = batch.options.get("output_seconds")
     for file in (output, errors):
         if file is not None:
@@ -225,23 +225,6 @@ def close(
     batch.output_file_id = None if output is None else output.id
     batch.error_file_id = None if errors is None else errors.id
     return batches.close(session, batch)
-
-
-def _end_if_over(session: Session, batch_id: str) -> list[OutboxEntry]:
-    """The row is locked."""
-    batch = _locked(session, batch_id)
-    counted = batch.succeeded + batch.failed + batch.cancelled + batch.expired
-    is_open = batch.finished_at is None and batch.status is not BatchStatus.FINALIZING
-    return batches.end(session, batch_id) if is_open and counted == batch.total else []
-
-
-def _locked(session: Session, batch_id: str) -> Batch:
-    return session.scalars(
-        select(Batch)
-        .where(Batch.id == batch_id)
-        .with_for_update(key_share=True)
-        .execution_options(populate_existing=True)
-    ).one()
 
 
 def _update(session: Session, hold: Hold, *guards: ColumnElement[bool], **values: Any) -> None:

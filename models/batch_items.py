@@ -96,10 +96,7 @@ def _once_each(session: Session, batch_id: str, items: Sequence[NewItem]) -> Ite
         elif new.item.custom_id in taken:
             yield NewItem(
                 new.position,
-                error=DuplicateCustomId(
-                    f"an item before this one has the `custom_id` {new.item.custom_id!r} already",
-                    param="custom_id",
-                ),
+                error=DuplicateCustomId.of(new.item.custom_id),
             )
         else:
             taken.add(new.item.custom_id)
@@ -135,14 +132,12 @@ class AddedItems:
     def add(self, new: NewItem, order: int) -> None:
         if new.item is None:
             assert new.error is not None
-            self._add_failed(new, new.error)
+            self._add_failed(new.position, new.custom_id, new.error)
             return
         try:
             self._add(new.position, new.item, order)
         except VisqError as error:  # its session
-            self._add_failed(
-                NewItem(new.position, error=error, custom_id=new.item.custom_id), error
-            )
+            self._add_failed(new.position, new.item.custom_id, error)
 
     def insert(self) -> None:
         if not self._jobs:
@@ -199,9 +194,9 @@ class AddedItems:
             }
         )
 
-    def _add_failed(self, new: NewItem, error: VisqError) -> None:
+    def _add_failed(self, position: int, custom_id: str | None, error: VisqError) -> None:
         self._jobs.append(
-            self._row(new.position, new.custom_id)
+            self._row(position, custom_id)
             | {
                 "status": JobStatus.FAILED,
                 "error_code": error.code,

@@ -27,17 +27,13 @@ _LOCK_ID: Final = 0x76697371
 
 _TRY_LOCK: Final = text("SELECT pg_try_advisory_xact_lock(:id)")
 
-_HELD: Final = (
-    Job.batch_id == Batch.id,
-    has_status(JobStatus.QUEUED),
-    Job.publish_at.is_(None),
-)
+_IS_HELD: Final = (has_status(JobStatus.QUEUED), Job.publish_at.is_(None))
 _BATCHES_WITH_HELD_ITEMS: Final = (
     select(Batch.id, Batch.tenant_id, Batch.max_in_flight, Batch.dedupe)
     .where(
         Batch.finished_at.is_(None),
         Batch.status == BatchStatus.IN_PROGRESS,
-        exists().where(*_HELD),
+        exists().where(Job.batch_id == Batch.id, *_IS_HELD),
     )
     .order_by(Batch.id)
 )
@@ -55,11 +51,7 @@ _RUNNING: Final = (
 )
 _NEXT_HELD: Final = (
     select(Job.id)
-    .where(
-        Job.batch_id == bindparam("batch_id"),
-        has_status(JobStatus.QUEUED),
-        Job.publish_at.is_(None),
-    )
+    .where(Job.batch_id == bindparam("batch_id"), *_IS_HELD)
     .order_by(Job.dispatch_order, Job.position)
     .limit(bindparam("free"))
     .with_for_update(skip_locked=True)  # an item that ends just now waits for the batch

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import bindparam, func, insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.orm import Session, defer
 
 from models import outbox
@@ -32,6 +32,16 @@ def get(session: Session, batch_id: str) -> Batch:
     if batch is None:
         raise NotFound(f"there is no batch {batch_id}", param="batch_id")
     return batch
+
+
+def locked(session: Session, batch_id: str) -> Batch:
+    """The row as it is now, locked until the end of the transaction."""
+    return session.scalars(
+        select(Batch)
+        .where(Batch.id == batch_id)
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    ).one()
 
 
 # --- ends ------------------------------------------------------------------------------------
@@ -131,7 +141,7 @@ def stop(session: Session, batch_id: str, errors: list[dict[str, Any]] | None = 
 
 def end(session: Session, batch_id: str) -> list[OutboxEntry]:
     """All its items have ended (its row is locked): write its output, or end it at once."""
-    batch = _fresh(session, batch_id)
+    batch = locked(session, batch_id)
     if batch.output_uri is not None or batch.input_file_id is not None:
         batch.status, batch.finalizing_at = BatchStatus.FINALIZING, db_now()
         batch.held_until = None
@@ -141,6 +151,15 @@ def end(session: Session, batch_id: str) -> list[OutboxEntry]:
         session.flush()
         return []
     return close(session, batch)
+
+
+def end_if_over(session: Session, batch_id: str) -> list[OutboxEntry]:
+    """`end` it, if it is still open and nothing of it is to be waited for."""
+    batch = locked(session, batch_id)
+    counted = batch.succeeded + batch.failed + batch.cancelled + batch.expired
+    is_open = batch.finished_at is None and batch.status is not BatchStatus.FINALIZING
+    is_over = batch.intake_done and counted == batch.total
+    return end(session, batch_id) if is_open and is_over else []
 
 
 def close(session: Session, batch: Batch) -> list[OutboxEntry]:
@@ -167,13 +186,8 @@ def uncount_failed(session: Session, batch_id: str) -> bool:
 
     False if the batch is being cancelled: then nothing of it may start.
     """
-    batch = session.scalars(
-        select(Batch)
-        .where(Batch.id == batch_id, Batch.status != BatchStatus.CANCELLING)
-        .with_for_update(key_share=True)
-        .execution_options(populate_existing=True)
-    ).one_or_none()
-    if batch is None:
+    batch = locked(session, batch_id)
+    if batch.status is BatchStatus.CANCELLING:
         return False
     batch.failed -= 1
     batch.status = BatchStatus.IN_PROGRESS
@@ -209,14 +223,10 @@ def request_cancel(session: Session, batch_id: str) -> BatchTransition:
 
     :raises NotFound: no such batch.
     """
-    before = get(session, batch_id).status
+    get(session, batch_id)
     stop(session, batch_id)
-    batch = _fresh(session, batch_id)
-    counted = batch.succeeded + batch.failed + batch.cancelled + batch.expired
-    if before in TAKING_ITEMS and batch.status is BatchStatus.CANCELLING and counted == batch.total:
-        events = end(session, batch_id)
-        return BatchTransition(_fresh(session, batch_id), events)
-    return BatchTransition(batch, [])
+    events = end_if_over(session, batch_id)
+    return BatchTransition(locked(session, batch_id), events)
 
 
 _CANCELLING: Final = (
@@ -248,12 +258,6 @@ def to_cancel(session: Session, limit: int) -> list[str]:
     return found
 
 
-def _fresh(session: Session, batch_id: str) -> Batch:
-    return session.scalars(
-        select(Batch).where(Batch.id == batch_id).execution_options(populate_existing=True)
-    ).one()
-
-
 # --- results ---------------------------------------------------------------------------------
 
 
@@ -275,9 +279,3 @@ def ended_items(
         .options(defer(Job.request, raiseload=True))
     )
     return [(number, job) for number, job in rows]
-
-
-def latest_end(session: Session, batch_id: str) -> int:
-    """The number of its last end; 0 if there was none."""
-    number = session.scalar(select(func.max(BatchEnd.number)).where(BatchEnd.batch_id == batch_id))
-    return number or 0

@@ -104,6 +104,11 @@ class DuplicateCustomId(InvalidRequest):
 
     code = "duplicate_custom_id"
 
+    @classmethod
+    def of(cls, custom_id: str) -> DuplicateCustomId:
+        message = f"an item before this one has the `custom_id` {custom_id!r} already"
+        return cls(message, param="custom_id")
+
 
 class BatchInputError(InvalidRequest):
     """The input of a batch cannot be read, or not to its end; nothing more of the batch starts."""

@@ -111,6 +111,11 @@ def upload_ref(tenant: str, sha256: str, settings: Settings) -> ObjectRef:
     return ObjectRef(settings.upload_bucket, f"{tenant}/{sha256}")
 
 
+def file_ref(tenant: str, file_id: str, settings: Settings) -> ObjectRef:
+    """Where the bytes of a file of ``/v1/files`` lie."""
+    return ObjectRef(settings.upload_bucket, f"{tenant}/files/{file_id}")
+
+
 def decode_data_url(url: str, max_bytes: int) -> bytes:
     """The bytes of a ``data:image/...;base64,`` URL.
 

@@ -32,7 +32,8 @@ from visq.errors import (
     UnsupportedMediaType,
 )
 from visq.ids import new_id
-from visq.objects import ObjectRef, parse_uri
+from visq.objects import parse_uri
+from visq.references import file_ref
 from visq.types import DeletedFile, ExpiresAfter, FileList, FileView
 from visq.validation import invalid
 
@@ -106,7 +107,7 @@ async def upload_file(here: Here, me: Me, request: Request) -> FileView:
     limit = here.settings.max_file_bytes
     form = FormStream(request.headers.get("content-type", ""))
     file_id = new_id("fil")
-    ref = ObjectRef(here.settings.upload_bucket, f"{me.tenant}/files/{file_id}")
+    ref = file_ref(me.tenant, file_id, here.settings)
     size = 0
     async with StoreWriter(here.store, ref, "application/octet-stream") as writer:
         async for chunk in capped(request, limit + OVERHEAD_BYTES, "the upload"):

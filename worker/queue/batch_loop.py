@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from typing import Final, TypeVar
+from typing import Final
 
 import redis
 import structlog
@@ -49,8 +49,6 @@ expires."""
 
 ORDERS: Final = 8
 """Batches whose images are remembered, so that a batch that had to give way goes on as it began."""
-
-T = TypeVar("T")
 
 
 class BatchLoop:

@@ -25,6 +25,7 @@ from visq.batch_files.results import (
 )
 from visq.ids import new_id
 from visq.objects import ObjectRef, ObjectStore, parse_uri
+from visq.references import file_ref
 from visq.settings import Settings
 from visq.types import JobView
 
@@ -113,9 +114,8 @@ class _File:
         self._batch = batch
         self._id = file_id or new_id("fil")
         self._name = f"{batch.id}_{kind}.jsonl"
-        self.ref = ObjectRef(settings.upload_bucket, f"{tenant}/files/{self._id}")
+        self.ref = file_ref(tenant, self._id, settings)
         self.writer: JsonLines | None = None
-        self._size = 0
 
     def begin(self, file: BinaryIO) -> None:
         line = native_line if self._batch.endpoint is None else openai_line
@@ -128,7 +128,6 @@ class _File:
     def end(self) -> None:
         if self.writer is not None:
             self.writer.close()
-            self._size = self.writer.size
 
     def row(self) -> StoredFile | None:
         if self.writer is None:
@@ -139,5 +138,5 @@ class _File:
             filename=self._name,
             purpose="batch_output",
             uri=self.ref.uri,
-            size=self._size,
+            size=self.writer.size,
         )
