@@ -129,15 +129,15 @@ BATCH_BODIES: Final[dict[str, Any]] = {
         "result_queue": "counts",
     },
     "a file": {
-        "input_uri": "s3://work/in.jsonl.gz",
-        "output_uri": "s3://work/out.jsonl",
+        "input_uri": "s3://data/in.jsonl.gz",
+        "output_uri": "s3://data/out.jsonl",
         "gen_config": {"max_new_tokens": 64},
         "expires_in": 86400,
     },
     "all images under a prefix": {
         "input_uri": "s3://pictures/2026/",
         "prompt": "Describe the picture in one sentence.",
-        "output_uri": "s3://work/captions.parquet",
+        "output_uri": "s3://data/captions.parquet",
     },
     "OpenAI's form": {
         "input_file_id": FILE_ID,

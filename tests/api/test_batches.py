@@ -183,8 +183,8 @@ def test_an_unknown_batch_is_not_found(client: httpx2.Client, method: str, path:
 @pytest.mark.parametrize(
     ("input_uri", "output_uri"),
     [
-        ("s3://work/in.jsonl", "s3://work/in.jsonl"),
-        ("s3://work/out.errors.jsonl", "s3://work/out.jsonl"),
+        ("s3://data/in.jsonl", "s3://data/in.jsonl"),
+        ("s3://data/out.errors.jsonl", "s3://data/out.jsonl"),
     ],
 )
 def test_an_output_does_not_replace_the_input(

@@ -76,7 +76,7 @@ def test_a_file_is_read_with_its_wrong_lines(
     body = {"model": "any", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 7}
     uri = put(
         store,
-        "s3://work/estimate.jsonl",
+        "s3://data/estimate.jsonl",
         {"custom_id": "a", "prompt": "What?", "images": ["s3://pictures/a.png"]},
         b"{not JSON",
         b"",
@@ -94,7 +94,7 @@ def test_a_file_is_read_with_its_wrong_lines(
 
 
 def test_the_first_errors_are_shown(client: httpx2.Client, store: ObjectStore) -> None:
-    uri = put(store, "s3://work/wrong.jsonl", *[{"custom_id": "a"}] * 50)
+    uri = put(store, "s3://data/wrong.jsonl", *[{"custom_id": "a"}] * 50)
     told = estimate(client, input_uri=uri)
     assert told["invalid_items"] == 50
     assert [error["line"] for error in told["errors"]] == list(range(1, 21))
@@ -105,8 +105,8 @@ def test_a_prefix_and_an_uploaded_file_are_counted(
     client: httpx2.Client, store: ObjectStore
 ) -> None:
     for name in ("a.png", "b.jpg", "notes.txt"):
-        put(store, f"s3://work/photos/{name}", b"any")
-    told = estimate(client, input_uri="s3://work/photos/", prompt="What is it?")
+        put(store, f"s3://data/photos/{name}", b"any")
+    told = estimate(client, input_uri="s3://data/photos/", prompt="What is it?")
     assert (told["items"], told["images"], told["distinct_images"]) == (2, 2, 2)
     line = b'{"custom_id": "a", "prompt": "What?"}\n'
     file = client.post(
@@ -117,10 +117,10 @@ def test_a_prefix_and_an_uploaded_file_are_counted(
 
 def test_what_is_no_input_is_an_error(client: httpx2.Client, store: ObjectStore) -> None:
     cut = gzip.compress(b'{"custom_id": "a", "prompt": "What?"}\n' * 1000)[:-20]
-    store.put(parse_uri("s3://work/cut.jsonl.gz"), cut, "application/gzip")
+    store.put(parse_uri("s3://data/cut.jsonl.gz"), cut, "application/gzip")
     for uri, status, code in (
-        ("s3://work/none.jsonl", 404, "object_not_found"),
-        ("s3://work/cut.jsonl.gz", 400, "batch_input_invalid"),
+        ("s3://data/none.jsonl", 404, "object_not_found"),
+        ("s3://data/cut.jsonl.gz", 400, "batch_input_invalid"),
         ("s3://visq-uploads/other/files/fil_1", 403, "object_forbidden"),
     ):
         answer = client.post("/v1/batches", json={"input_uri": uri, "dry_run": True})

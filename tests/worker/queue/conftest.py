@@ -47,7 +47,7 @@ class Files:
         return [json.loads(line) for line in self.get(uri).splitlines()]
 
     def submit(self, **fields: Any) -> str:
-        body = {"input_uri": "s3://work/in.jsonl", "output_uri": "s3://work/out.jsonl"}
+        body = {"input_uri": "s3://data/in.jsonl", "output_uri": "s3://data/out.jsonl"}
         request = BatchRequest.model_validate(body | fields)
         return self.world.database.run(
             submit.submit_batch, self.world.tenant_id, request, max_attempts=3

@@ -25,7 +25,7 @@ def test_a_wrong_line_with_the_name_of_an_item_of_an_earlier_chunk_is_a_failed_i
 ) -> None:
     monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 2)
     wrong = b'{"custom_id": "item-0", "prompt": 7}\n'
-    files.put("s3://work/in.jsonl", jsonl(2) + wrong + wrong)
+    files.put("s3://data/in.jsonl", jsonl(2) + wrong + wrong)
     batch_id = files.submit()
     files.run()
     assert [(job.custom_id, job.status) for job in files.items(batch_id)] == [
@@ -38,7 +38,7 @@ def test_a_wrong_line_with_the_name_of_an_item_of_an_earlier_chunk_is_a_failed_i
 
 
 def test_an_output_that_was_begun_before_a_retry_is_not_that_of_the_batch(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     batch_id = files.submit()
     files.run()
     [item] = files.items(batch_id)
@@ -53,7 +53,7 @@ def test_an_output_that_was_begun_before_a_retry_is_not_that_of_the_batch(files:
         files.world.database.run(batch_holds.close, writer, None, None)
     files.run()
     assert files.batch(batch_id).status is BatchStatus.COMPLETED
-    assert [line["status"] for line in files.lines("s3://work/out.jsonl")] == ["succeeded"]
+    assert [line["status"] for line in files.lines("s3://data/out.jsonl")] == ["succeeded"]
 
 
 def test_a_small_file_that_is_much_of_nothing_is_refused_at_once(
@@ -62,7 +62,7 @@ def test_a_small_file_that_is_much_of_nothing_is_refused_at_once(
     monkeypatch.setattr("visq.batch_files.lines._MOST_BLANK", 1000)
     monkeypatch.setattr("visq.batch_files.lines._LONGEST_LINE", 1 << 20)
     for nothing in (b"\n" * 1001, b"x" * (11 << 20)):
-        files.put("s3://work/in.jsonl", gzip.compress(jsonl(1) + nothing, compresslevel=1))
+        files.put("s3://data/in.jsonl", gzip.compress(jsonl(1) + nothing, compresslevel=1))
         batch_id = files.submit(output_uri=None)
         files.run()
         batch = files.batch(batch_id)
@@ -76,13 +76,13 @@ def test_what_was_read_slowly_is_kept_and_a_hold_is_renewed_while_nothing_is_fou
 ) -> None:
     """A store that takes long for each of the 250 items of a chunk, or for keys that are none."""
     monkeypatch.setattr("worker.queue.batch_reading.CHUNK_SECONDS", -1.0)
-    files.put("s3://work/in.jsonl", jsonl(3))
+    files.put("s3://data/in.jsonl", jsonl(3))
     for name in ("a.txt", "b.txt", "c.jpg"):
-        files.put(f"s3://work/photos/{name}", b"x")
+        files.put(f"s3://data/photos/{name}", b"x")
     loop = files.loop()
     for fields, places in (
         ({}, [1, 2, 3]),
-        ({"input_uri": "s3://work/photos/", "prompt": "describe"}, [0, 0, 1]),
+        ({"input_uri": "s3://data/photos/", "prompt": "describe"}, [0, 0, 1]),
     ):
         files.submit(output_uri=None, **fields)
         hold = files.world.database.run(batch_holds.take, seconds=30)
@@ -97,7 +97,7 @@ def test_a_hold_is_renewed_between_the_uploads_of_one_item(files: Files) -> None
         f"data:image/gif;base64,{base64.b64encode(b'GIF89a%d' % n).decode()}" for n in (1, 2)
     ]
     item = json.dumps({"custom_id": "a", "prompt": "x", "images": pictures})
-    files.put("s3://work/in.jsonl", item.encode())
+    files.put("s3://data/in.jsonl", item.encode())
     files.submit(output_uri=None)
     hold = files.world.database.run(batch_holds.take, seconds=30)
     assert hold is not None
@@ -114,7 +114,7 @@ def test_a_reader_learns_of_a_cancellation_while_it_finds_nothing(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.queue.batch_loop.HOLD_SECONDS", -1.0)
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     batch_id = files.submit(output_uri=None)
     hold = files.world.database.run(batch_holds.take, seconds=30)
     assert hold is not None
@@ -129,7 +129,7 @@ def test_a_reader_learns_of_a_cancellation_while_it_finds_nothing(
 def test_a_batch_at_which_visq_itself_fails_each_time_ends(
     files: Files, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     batch_id = files.submit()
     if part == "_write":
         files.run()
@@ -161,7 +161,7 @@ def test_an_output_that_the_store_never_takes_is_given_up_after_a_day(
         raise Unavailable("the object store does not answer")
 
     monkeypatch.setattr("worker.queue.batch_writing.BatchWriter.write", away)
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     batch_id = files.submit()
     files.run()
     files.succeed_all(batch_id)
@@ -181,7 +181,7 @@ def test_a_batch_whose_input_broke_off_is_not_complete_because_an_item_was_retri
         b'{"custom_id": "%d", "prompt": "%s"}\n' % (n, os.urandom(50_000).hex().encode())
         for n in range(4)
     )
-    files.put("s3://work/in.jsonl", gzip.compress(noise)[:-60_000])
+    files.put("s3://data/in.jsonl", gzip.compress(noise)[:-60_000])
     batch_id = files.submit(output_uri=None)
     loop = files.loop()
     failed: list[str] = []
@@ -211,10 +211,10 @@ def test_an_output_that_failed_says_so_beside_what_was_wrong_before_and_a_retry_
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise ObjectForbidden("the store refuses s3://work/out.jsonl")
+        raise ObjectForbidden("the store refuses s3://data/out.jsonl")
 
     monkeypatch.setattr("worker.queue.batch_writing.BatchWriter.write", refuse)
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     batch_id = files.submit(on_item_error="stop")
     files.run()
     [item] = files.items(batch_id)
@@ -232,7 +232,7 @@ def test_an_output_that_failed_says_so_beside_what_was_wrong_before_and_a_retry_
 
 
 def test_an_item_that_is_retried_has_not_ended(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     batch_id = files.submit(output_uri=None)
     files.run()
     [item] = files.items(batch_id)
@@ -253,7 +253,7 @@ def test_the_time_at_which_a_batch_began_does_not_move_with_its_chunks(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 1)
-    files.put("s3://work/in.jsonl", jsonl(3))
+    files.put("s3://data/in.jsonl", jsonl(3))
     batch_id = files.submit(output_uri=None)
     began = set()
 
@@ -279,11 +279,11 @@ def test_an_answer_to_a_batch_counts_the_items_that_failed_at_once(files: Files)
 
 
 def test_a_tenant_of_many_batches_does_not_keep_another_ones_from_being_read(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     for _ in range(60):
         files.submit(output_uri=None)
     other = files.world.another_tenant("other")
-    request = BatchRequest.model_validate({"input_uri": "s3://work/in.jsonl"})
+    request = BatchRequest.model_validate({"input_uri": "s3://data/in.jsonl"})
     last = files.world.database.run(
         submit.submit_batch, other.tenant_id, request, max_attempts=3
     ).batch.id
@@ -297,9 +297,9 @@ def test_an_output_whose_name_cannot_be_a_files_fails_and_is_not_tried_for_ever(
     files: Files,
 ) -> None:
     """In a folder a key cannot also be the folder of another key."""
-    files.put("s3://work/in.jsonl", jsonl(1))
-    files.put("s3://work/folder.jsonl/x", b"x")
-    for uri in ("s3://work/in.jsonl/out.jsonl", "s3://work/folder.jsonl"):
+    files.put("s3://data/in.jsonl", jsonl(1))
+    files.put("s3://data/folder.jsonl/x", b"x")
+    for uri in ("s3://data/in.jsonl/out.jsonl", "s3://data/folder.jsonl"):
         batch_id = files.submit(output_uri=uri)
         files.run()
         files.succeed_all(batch_id)

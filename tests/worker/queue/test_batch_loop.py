@@ -22,7 +22,7 @@ from visq.types import JobStatus as S
 
 
 def test_a_file_becomes_items_and_its_output_is_in_input_order(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(5))
+    files.put("s3://data/in.jsonl", jsonl(5))
     batch_id = files.submit(metadata={"for": "test"})
     assert files.batch(batch_id).status is BatchStatus.VALIDATING
     files.run()
@@ -39,13 +39,13 @@ def test_a_file_becomes_items_and_its_output_is_in_input_order(files: Files) -> 
     view = batch_view(files.batch(batch_id))
     assert view.status is BatchStatus.COMPLETED
     assert view.finished_at is not None
-    written = files.lines("s3://work/out.jsonl")
+    written = files.lines("s3://data/out.jsonl")
     assert [line["custom_id"] for line in written] == [f"item-{n}" for n in range(5)]
     assert [line["status"] for line in written] == ["failed"] + ["succeeded"] * 4
     assert written[1]["result"]["text"] == "answer to item-1"
-    [wrong] = files.lines("s3://work/out.errors.jsonl")
+    [wrong] = files.lines("s3://data/out.errors.jsonl")
     assert (wrong["custom_id"], wrong["error"]["code"]) == ("item-0", "image_not_found")
-    summary = json.loads(files.get("s3://work/out.summary.json"))
+    summary = json.loads(files.get("s3://data/out.summary.json"))
     assert summary["counts"] == {
         "total": 5,
         "succeeded": 4,
@@ -57,18 +57,18 @@ def test_a_file_becomes_items_and_its_output_is_in_input_order(files: Files) -> 
 
 
 def test_packed_input_and_output(files: Files) -> None:
-    files.put("s3://work/in.jsonl.gz", gzip.compress(jsonl(3)))
-    batch_id = files.submit(input_uri="s3://work/in.jsonl.gz", output_uri="s3://work/out.jsonl.gz")
+    files.put("s3://data/in.jsonl.gz", gzip.compress(jsonl(3)))
+    batch_id = files.submit(input_uri="s3://data/in.jsonl.gz", output_uri="s3://data/out.jsonl.gz")
     files.run()
     files.succeed_all(batch_id)
     files.run()
-    lines = gzip.decompress(files.get("s3://work/out.jsonl.gz")).splitlines()
+    lines = gzip.decompress(files.get("s3://data/out.jsonl.gz")).splitlines()
     assert [json.loads(line)["custom_id"] for line in lines] == ["item-0", "item-1", "item-2"]
 
 
 def test_a_wrong_line_is_a_failed_item_and_the_others_run(files: Files) -> None:
     broken = b'{"custom_id": "b", "prompt": \n{"prompt": "no id"}\n{"custom_id": "item-1"}\n'
-    files.put("s3://work/in.jsonl", jsonl(2) + broken + jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(2) + broken + jsonl(1))
     batch_id = files.submit()
     files.run()
     items = files.items(batch_id)
@@ -86,11 +86,11 @@ def test_a_wrong_line_is_a_failed_item_and_the_others_run(files: Files) -> None:
     files.run()
     view = batch_view(files.batch(batch_id))
     assert (view.status, view.counts.succeeded) == (BatchStatus.COMPLETED, 2)
-    assert [line["position"] for line in files.lines("s3://work/out.errors.jsonl")] == [2, 3, 4, 5]
+    assert [line["position"] for line in files.lines("s3://data/out.errors.jsonl")] == [2, 3, 4, 5]
 
 
 def test_what_is_a_wrong_line_cannot_be_retried(files: Files) -> None:
-    files.put("s3://work/in.jsonl", b"{}\n" + jsonl(1))
+    files.put("s3://data/in.jsonl", b"{}\n" + jsonl(1))
     batch_id = files.submit()
     files.run()
     with pytest.raises(Exception, match="asks nothing that can be done"):
@@ -112,7 +112,7 @@ def test_an_input_that_cannot_be_read_fails_the_batch(
     files: Files, data: bytes | None, code: str, said: str
 ) -> None:
     if data is not None:
-        files.put("s3://work/in.jsonl", data)
+        files.put("s3://data/in.jsonl", data)
     batch_id = files.submit(output_uri=None)
     files.run()
     view = batch_view(files.batch(batch_id))
@@ -124,14 +124,14 @@ def test_an_input_that_cannot_be_read_fails_the_batch(
 
 
 def test_a_file_of_more_lines_than_are_taken_fails_the_batch(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(5))
+    files.put("s3://data/in.jsonl", jsonl(5))
     files.settings = files.settings.model_copy(update={"max_batch_items": 4})
     batch_id = files.submit(output_uri=None)
     files.run()
     batch = files.batch(batch_id)
     assert batch.errors is not None
     assert "VISQ_MAX_BATCH_ITEMS" in batch.errors[0]["message"]
-    files.put("s3://work/in.jsonl", jsonl(4))
+    files.put("s3://data/in.jsonl", jsonl(4))
     fits = files.submit(output_uri=None)
     files.run()
     assert files.batch(fits).total == 4
@@ -143,7 +143,7 @@ def test_a_file_that_breaks_off_stops_what_was_read_of_it(
     monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 100)
     noise = [{"custom_id": str(n), "prompt": f"{n * 7919 % 10007} " * 20} for n in range(1000)]
     packed = gzip.compress(b"".join(json.dumps(line).encode() + b"\n" for line in noise))
-    files.put("s3://work/in.jsonl", packed[: len(packed) // 2])
+    files.put("s3://data/in.jsonl", packed[: len(packed) // 2])
     batch_id = files.submit(output_uri=None)
     files.run()
     batch = files.batch(batch_id)
@@ -169,7 +169,7 @@ def test_a_reader_that_dies_anywhere_is_followed_by_one_that_adds_each_item_once
     files: Files, point: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 3)
-    files.put("s3://work/in.jsonl", jsonl(10))
+    files.put("s3://data/in.jsonl", jsonl(10))
     batch_id = files.submit()
     seen = 0
 
@@ -198,7 +198,7 @@ def test_a_reader_that_dies_anywhere_is_followed_by_one_that_adds_each_item_once
 def test_a_reader_that_was_held_up_writes_nothing_when_another_has_taken_over(
     files: Files,
 ) -> None:
-    files.put("s3://work/in.jsonl", jsonl(4))
+    files.put("s3://data/in.jsonl", jsonl(4))
     batch_id = files.submit()
     database = files.world.database
     slow = database.run(batch_holds.take, seconds=30)
@@ -215,12 +215,12 @@ def test_an_input_that_is_replaced_while_it_is_read_is_not_mixed_with_the_old_on
 ) -> None:
     monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 2)
     monkeypatch.setattr("worker.queue.batch_loop.TURN_SECONDS", -1.0)
-    files.put("s3://work/in.jsonl", jsonl(6))
+    files.put("s3://data/in.jsonl", jsonl(6))
     batch_id = files.submit(output_uri=None)
-    files.put("s3://work/other.jsonl", jsonl(1))
-    files.submit(input_uri="s3://work/other.jsonl", output_uri=None)  # it gives way to this one
+    files.put("s3://data/other.jsonl", jsonl(1))
+    files.submit(input_uri="s3://data/other.jsonl", output_uri=None)  # it gives way to this one
     assert files.loop().round()
-    files.put("s3://work/in.jsonl", jsonl(7, metadata={"other": "file"}))
+    files.put("s3://data/in.jsonl", jsonl(7, metadata={"other": "file"}))
     files.run()
     batch = files.batch(batch_id)
     assert batch.errors is not None
@@ -233,10 +233,10 @@ def test_large_batches_give_way_to_others_after_their_turn(
 ) -> None:
     monkeypatch.setattr("worker.queue.batch_reading.CHUNK", 2)
     monkeypatch.setattr("worker.queue.batch_loop.TURN_SECONDS", -1.0)
-    files.put("s3://work/in.jsonl", jsonl(10))
-    files.put("s3://work/small.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(10))
+    files.put("s3://data/small.jsonl", jsonl(1))
     large = files.submit()
-    small = files.submit(input_uri="s3://work/small.jsonl", output_uri=None)
+    small = files.submit(input_uri="s3://data/small.jsonl", output_uri=None)
     loop = files.loop()
     assert loop.round()
     assert loop.round()
@@ -246,19 +246,19 @@ def test_large_batches_give_way_to_others_after_their_turn(
 
 def test_images_under_a_prefix_are_items_in_the_order_of_their_names(files: Files) -> None:
     for name in ("b.png", "a.jpg", "deep/c.JPEG", "notes.txt"):
-        files.put(f"s3://work/photos/{name}", b"x")
-    batch_id = files.submit(input_uri="s3://work/photos/", prompt="describe", output_uri=None)
+        files.put(f"s3://data/photos/{name}", b"x")
+    batch_id = files.submit(input_uri="s3://data/photos/", prompt="describe", output_uri=None)
     files.run()
     items = files.items(batch_id)
     assert [job.custom_id for job in items] == ["a.jpg", "b.png", "deep/c.JPEG"]
     [message] = items[0].request["messages"]
     assert [part["type"] for part in message["content"]] == ["image_url", "text"]
-    assert message["content"][0]["image_url"]["url"] == "s3://work/photos/a.jpg"
+    assert message["content"][0]["image_url"]["url"] == "s3://data/photos/a.jpg"
 
 
 def test_a_data_url_becomes_an_upload(files: Files) -> None:
     image = "data:image/png;base64,iVBORw0KGgo="
-    files.put("s3://work/in.jsonl", jsonl(2, images=[image]))
+    files.put("s3://data/in.jsonl", jsonl(2, images=[image]))
     batch_id = files.submit()
     files.run()
     urls = {
@@ -277,7 +277,7 @@ def test_another_tenants_uploads_and_sessions_are_not_there(files: Files) -> Non
         {"custom_id": "a", "prompt": "x", "session_id": theirs},
         {"custom_id": "b", "prompt": "x", "images": ["s3://visq-uploads/other/" + "0" * 64]},
     ]
-    files.put("s3://work/in.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    files.put("s3://data/in.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     batch_id = files.submit()
     files.run()
     assert [job.error_code for job in files.items(batch_id)] == ["not_found", "image_forbidden"]
@@ -297,7 +297,7 @@ def test_turns_of_a_session_follow_each_other_also_over_chunks(
         {"custom_id": "c2", "prompt": "x", "after": "c"},
         {"custom_id": "d", "prompt": "x", "after": "nobody"},
     ]
-    files.put("s3://work/in.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    files.put("s3://data/in.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     batch_id = files.submit()
     files.run()
     by_name = {job.custom_id: job for job in files.items(batch_id)}
@@ -322,7 +322,7 @@ def _history(session: Session, session_id: str | None) -> list[str]:
 
 
 def test_stop_cancels_what_has_not_ended_when_an_item_fails(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(4))
+    files.put("s3://data/in.jsonl", jsonl(4))
     batch_id = files.submit(on_item_error="stop", output_uri=None)
     files.run()
     first, *_ = files.items(batch_id)
@@ -337,14 +337,14 @@ def test_stop_cancels_what_has_not_ended_when_an_item_fails(files: Files) -> Non
 
 
 def test_a_wrong_line_stops_the_batch_too_if_it_is_to_stop(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(2) + b"?\n")
+    files.put("s3://data/in.jsonl", jsonl(2) + b"?\n")
     batch_id = files.submit(on_item_error="stop", output_uri=None)
     files.run()
     assert files.batch(batch_id).status is BatchStatus.CANCELLING
 
 
 def test_cancelling_before_anything_was_read_ends_the_batch_at_once(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(2))
+    files.put("s3://data/in.jsonl", jsonl(2))
     batch_id = files.submit(output_uri=None)
     cancelled = files.world.database.run(batches.request_cancel, batch_id)
     assert cancelled.batch.status is BatchStatus.CANCELLED
@@ -355,7 +355,7 @@ def test_cancelling_before_anything_was_read_ends_the_batch_at_once(files: Files
 
 
 def test_a_batch_whose_time_is_over_before_it_was_read_expires(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(2))
+    files.put("s3://data/in.jsonl", jsonl(2))
     batch_id = files.submit(expires_in=3600, output_uri=None)
     files.world.database.run(_expire, batch_id)
     files.run()
@@ -367,13 +367,13 @@ def test_an_output_that_cannot_be_written_does_not_hold_up_the_end(
 ) -> None:
     from visq.errors import ObjectForbidden
 
-    files.put("s3://work/in.jsonl", jsonl(1))
+    files.put("s3://data/in.jsonl", jsonl(1))
     batch_id = files.submit()
     files.run()
     files.succeed_all(batch_id)
 
     def refuse(*_: object) -> None:
-        raise ObjectForbidden("the store refuses s3://work/out.jsonl")
+        raise ObjectForbidden("the store refuses s3://data/out.jsonl")
 
     monkeypatch.setattr("worker.queue.batch_writing.BatchWriter.write", refuse)
     files.run()
@@ -384,7 +384,7 @@ def test_an_output_that_cannot_be_written_does_not_hold_up_the_end(
 
 
 def test_one_event_tells_the_end_and_it_comes_after_those_of_the_items(files: Files) -> None:
-    files.put("s3://work/in.jsonl", jsonl(2))
+    files.put("s3://data/in.jsonl", jsonl(2))
     batch_id = files.submit(result_queue="results")
     files.run()
     files.succeed_all(batch_id)
@@ -468,7 +468,7 @@ def test_duplicates_wait_for_the_first_and_are_marked(files: Files) -> None:
         for n in range(2)
     ]
     files.put(
-        "s3://work/in.jsonl",
+        "s3://data/in.jsonl",
         b"".join(json.dumps(line).encode() + b"\n" for line in [*same, *sampled]),
     )
     batch_id = files.submit(dedupe=True)
