@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from alembic import context
 
+from models import tables
 from models.connections import MIGRATING
 from models.database import Database
-from models.tables import Base
 
 
 def run() -> None:
@@ -15,7 +15,7 @@ def run() -> None:
         with database.engine.connect() as connection:
             context.configure(
                 connection=connection,
-                target_metadata=Base.metadata,
+                target_metadata=tables.Tenant.metadata,
                 render_as_batch=connection.dialect.name == "sqlite",
                 transaction_per_migration=True,
             )

@@ -13,9 +13,10 @@ from sqlalchemy import bindparam, insert, select
 from sqlalchemy.orm import Session
 
 from models import batches, outbox, sessions
+from models.base import table
 from models.database import db_now, fetch
 from models.outbox import OutboxEntry
-from models.tables import Batch, Job, JobEvent, table
+from models.tables import Batch, Job, JobEvent
 from visq.errors import DuplicateCustomId, InvalidRequest, VisqError
 from visq.ids import new_id
 from visq.types import BatchItem, GenerationConfig, ImagePart, JobKind, JobStatus, Prompt

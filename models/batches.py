@@ -16,9 +16,10 @@ from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.orm import Session, defer
 
 from models import outbox
+from models.base import table
 from models.database import db_now, fetch
 from models.outbox import OutboxEntry
-from models.tables import Batch, BatchEnd, Job, has_status, table
+from models.tables import Batch, BatchEnd, Job, has_status
 from visq.errors import NotFound
 from visq.types import BatchStatus, JobStatus
 

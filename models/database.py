@@ -127,7 +127,7 @@ class TenantSession(Session):
 @event.listens_for(TenantSession, "do_orm_execute")
 def _scope_by_tenant(state: ORMExecuteState) -> None:
     # The one place of tenant isolation: every SELECT, UPDATE and DELETE of the ORM passes here.
-    from models.tables import TenantOwned
+    from models.base import TenantOwned
 
     tenant_id = state.session.info.get("tenant_id")
     if tenant_id is not None:

@@ -16,9 +16,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from models import batches, outbox, sessions
+from models.base import table
 from models.database import db_now, fetch
 from models.outcomes import QueuedJob, Transition
-from models.tables import Job, JobEvent, table
+from models.tables import Job, JobEvent
 from visq.types import JobStatus
 
 PUBLISH_GRACE_SECONDS = 2.0

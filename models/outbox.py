@@ -15,8 +15,9 @@ from typing import Any, Final
 from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
+from models.base import table
 from models.database import db_now, fetch
-from models.tables import Batch, Job, Outbox, Tenant, table
+from models.tables import Batch, Job, Outbox, Tenant
 from models.views import batch_view, job_view
 from visq.cloudevents import batch_event, result_event
 from visq.ids import new_id

@@ -13,9 +13,10 @@ from typing import Any, Final
 from sqlalchemy import bindparam, delete, exists, func, insert, select, update
 from sqlalchemy.orm import Session
 
+from models.base import table
 from models.database import db_now, fetch
 from models.outcomes import Remembered, ShownPicture, Succeeded
-from models.tables import ChatSession, Job, Message, table
+from models.tables import ChatSession, Job, Message
 from visq import types
 from visq.errors import InvalidRequest, NotFound
 from visq.ids import new_id

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from enum import StrEnum
-from typing import Any, Final, cast
+from typing import Any
 
 from sqlalchemy import (
-    JSON,
     BigInteger,
     ColumnElement,
-    Enum,
     ForeignKey,
     Index,
-    Integer,
-    MetaData,
     String,
-    Table,
     Text,
     UniqueConstraint,
     false,
@@ -24,59 +18,19 @@ from sqlalchemy import (
     text,
     true,
 )
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
-from models.database import PackedInts, UTCDateTime, db_now
-from visq.ids import ID_LENGTH
+from models.base import (
+    Base,
+    Id,
+    JsonColumn,
+    NullableJson,
+    RowNumber,
+    TenantOwned,
+    partial_index,
+)
+from models.database import PackedInts, db_now
 from visq.types import BatchStatus, JobKind, JobStatus, Lane
-
-JsonColumn: Final = JSON().with_variant(JSONB(), "postgresql")
-NullableJson: Final = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-Id: Final = String(ID_LENGTH)
-# SQLite numbers rows by itself only in a column of the type INTEGER.
-RowNumber: Final = BigInteger().with_variant(Integer(), "sqlite")
-
-
-def _enum(kind: type[StrEnum]) -> Enum:
-    """The values as text: a new state needs no change of a database type."""
-    return Enum(kind, native_enum=False, length=16, values_callable=lambda e: [m.value for m in e])
-
-
-class Base(DeclarativeBase):
-    """Base of all tables; constraint names are fixed so that migrations can name them."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own form)
-        datetime: UTCDateTime(),
-        dict[str, Any]: JsonColumn,
-        list[dict[str, Any]]: JsonColumn,
-        dict[str, str]: JsonColumn,
-        JobStatus: _enum(JobStatus),
-        JobKind: _enum(JobKind),
-        Lane: _enum(Lane),
-        BatchStatus: _enum(BatchStatus),
-    }
-
-
-def table(mapped: type[Base]) -> Table:
-    """For an INSERT past the ORM, which takes several times longer. Other statements of what is
-    tenant-owned need the class, for the scope of a tenant."""
-    return cast(Table, mapped.__table__)
-
-
-class TenantOwned:
-    """A row that belongs to a tenant; `models.database` adds the tenant to every query of it."""
-
-    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenants.id"))
 
 
 class Tenant(Base):
@@ -128,11 +82,6 @@ class Message(TenantOwned, Base):
     created_at: Mapped[datetime] = mapped_column(default=db_now())
 
 
-def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
-    condition = text(where)
-    return Index(name, *columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
-
-
 class Batch(TenantOwned, Base):
     """A group of jobs; the counters equal its rows at every commit.
 
@@ -146,7 +95,7 @@ class Batch(TenantOwned, Base):
     __table_args__ = (
         Index(None, "tenant_id", "id"),
         UniqueConstraint("tenant_id", "idempotency_key"),
-        _partial_index("ix_batches_open", "id", where="finished_at IS NULL"),
+        partial_index("ix_batches_open", "id", where="finished_at IS NULL"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -232,7 +181,7 @@ class StoredFile(TenantOwned, Base):
     __tablename__ = "files"
     __table_args__ = (
         Index(None, "tenant_id", "id"),
-        _partial_index("ix_files_expiring", "expires_at", where="expires_at IS NOT NULL"),
+        partial_index("ix_files_expiring", "expires_at", where="expires_at IS NOT NULL"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -256,15 +205,15 @@ class Job(TenantOwned, Base):
         Index(None, "tenant_id", "id"),
         Index(None, "batch_id", "position"),
         # What claim, dispatch and maintenance look at; finished rows are in none of these.
-        _partial_index("ix_jobs_queued", "lane", "id", where="status = 'queued'"),
-        _partial_index("ix_jobs_to_publish", "publish_at", where="status = 'queued'"),
-        _partial_index(
+        partial_index("ix_jobs_queued", "lane", "id", where="status = 'queued'"),
+        partial_index("ix_jobs_to_publish", "publish_at", where="status = 'queued'"),
+        partial_index(
             "ix_jobs_unpublished", "publish_at", where="status = 'queued' AND publishes = 0"
         ),
-        _partial_index("ix_jobs_leases", "lease_expires_at", where="status = 'running'"),
-        _partial_index("ix_jobs_deadlines", "expires_at", where="status IN ('waiting', 'queued')"),
-        _partial_index("ix_jobs_dead", "dead_at", where="dead_at IS NOT NULL"),
-        _partial_index(
+        partial_index("ix_jobs_leases", "lease_expires_at", where="status = 'running'"),
+        partial_index("ix_jobs_deadlines", "expires_at", where="status IN ('waiting', 'queued')"),
+        partial_index("ix_jobs_dead", "dead_at", where="dead_at IS NOT NULL"),
+        partial_index(
             "ix_jobs_held",
             "batch_id",
             "dispatch_order",
@@ -272,21 +221,21 @@ class Job(TenantOwned, Base):
             where="status = 'queued' AND publish_at IS NULL",
         ),
         # Of a batch that has 50,000 ended items, those that are to be cancelled.
-        _partial_index(
+        partial_index(
             "ix_jobs_open_items",
             "batch_id",
             "id",
             where="batch_id IS NOT NULL AND status IN ('waiting', 'queued', 'running')",
         ),
         # Of equal items: those that may be waited for, and those that were answered.
-        _partial_index(
+        partial_index(
             "ix_jobs_dedupe_open",
             "batch_id",
             "dedupe_key",
             "position",
             where="dedupe_key IS NOT NULL AND status IN ('waiting', 'queued', 'running')",
         ),
-        _partial_index(
+        partial_index(
             "ix_jobs_dedupe_answered",
             "batch_id",
             "dedupe_key",
@@ -294,7 +243,7 @@ class Job(TenantOwned, Base):
             where="dedupe_key IS NOT NULL AND status = 'succeeded'",
         ),
         # A session runs one turn at a time, whatever goes wrong elsewhere.
-        _partial_index(
+        partial_index(
             "uq_jobs_running_turn", "session_id", where="status = 'running'", unique=True
         ),
     )

@@ -16,9 +16,10 @@ from typing import Any
 from sqlalchemy import inspect, select
 from sqlalchemy.orm import Session
 
+from models.base import Base
 from models.database import db_now
 from models.moves import SHARED_CRASHES
-from models.tables import Base, Batch, BatchEnd, ChatSession, Job, JobEvent, Message, Outbox
+from models.tables import Batch, BatchEnd, ChatSession, Job, JobEvent, Message, Outbox
 from models.views import batch_view, job_view
 from visq.types import JobStatus as S
 
