@@ -29,8 +29,8 @@ try:
     import pyarrow.parquet as pq
 except ImportError:
     raise BatchInputError(
-        "Parquet needs pyarrow, which this server does not have: install visq[parquet] there, or "
-        "use JSON lines"
+        "Parquet needs pyarrow, which is not installed where this file is read: install "
+        "visq[parquet] there, or use JSON lines"
     ) from None
 
 from visq.batch_files.parquet_results import ParquetResults

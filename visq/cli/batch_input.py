@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
-from visq.batch_files.lines import Line, lines
-from visq.errors import BatchInputError, ConfigurationError, InvalidRequest
+from visq.batch_files.lines import Line
+from visq.batch_files.reading import lines_of
+from visq.errors import BatchInputError, InvalidRequest
 
 FILES: Final = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
 MAX_LINE_BYTES: Final = 64 * 1024 * 1024
@@ -62,22 +63,12 @@ def _file_items(path: Path, prompt: str | None, images: str | None) -> Iterator[
     """
     try:
         with path.open("rb") as file:
-            for line in _lines(file, path):
+            for line in lines_of(file, path.name, max_bytes=MAX_LINE_BYTES):
                 yield _item(line, f"{path}, line {line.number}", prompt, images)
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read ({error.strerror or error})") from error
     except BatchInputError as error:
         raise InvalidRequest(f"{path}: {error.message}") from None
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[Line]:
-    if path.suffix != ".parquet":
-        return lines(file, max_bytes=MAX_LINE_BYTES)
-    try:
-        from visq.batch_files.parquet import parquet_lines
-    except ImportError:
-        raise ConfigurationError("Parquet needs the extra: pip install 'visq[parquet]'") from None
-    return parquet_lines(file, max_bytes=MAX_LINE_BYTES)
 
 
 def _item(line: Line, place: str, prompt: str | None, images: str | None) -> dict[str, Any]:

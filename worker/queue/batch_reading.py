@@ -15,7 +15,8 @@ from models.batch_items import NewItem
 from models.database import Database
 from models.tables import Batch
 from visq.batch_files.items import ItemError, item_of
-from visq.batch_files.lines import Line, lines
+from visq.batch_files.lines import Line
+from visq.batch_files.reading import lines_of
 from visq.errors import BatchInputError, ImageNotFound, VisqError
 from visq.objects import ObjectRef, ObjectStore, parse_uri
 from visq.references import (
@@ -135,22 +136,14 @@ class BatchReader:
         uri = batch.input_uri or ""
         models = self._served()
         with self._store.open(parse_uri(uri), if_match=batch.input_etag) as file:
-            if uri.endswith(".parquet"):
-                from visq.batch_files.parquet import parquet_lines
-
-                found: Iterator[Line] = parquet_lines(
-                    file,
-                    max_bytes=self._settings.max_line_bytes,
-                    number=place.position,
-                )
-            else:
-                found = lines(
-                    file,
-                    max_bytes=self._settings.max_line_bytes,
-                    number=place.position,
-                    offset=place.offset,
-                    alive=alive,
-                )
+            found = lines_of(
+                file,
+                uri,
+                max_bytes=self._settings.max_line_bytes,
+                number=place.position,
+                offset=place.offset,
+                alive=alive,
+            )
             for line in found:
                 # What is passed over between two lines has taken its time, too.
                 size = max(line.offset - place.offset, len(line.data or b""))
